@@ -1,0 +1,169 @@
+"""Ageing, and the other things that the host's memory management does to a guest's SPTEs.
+
+All of them take mmu_lock for write in v5.19, and visit the rmap side and the TDP side. What they leave in the TLBs is
+the story of the book: *clear_young never flushes*.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from kvmbook.arrays import Spte
+from kvmbook.machine import Machine, Operation, step
+from kvmbook.memslots import MemorySlot
+from kvmbook.spte import PG_LEVEL_4K, Changed, pages_per_level
+
+
+def kvm_age_gfn(m: Machine, start: int, end: int) -> bool:
+    """Age the gfns of [start, end), huge pages as one. Returns whether any was young.
+    Source: mmu/mmu.c: kvm_age_gfn(), mmu/tdp_mmu.c: age_gfn_range()."""
+    visited = m.update_rmap_leaves(start, end, m.fmt.mmu_spte_age) + m.update_tdp_leaves(start, end, m.fmt.mmu_spte_age)
+    return any(np.any(aged.young) for _, aged in visited)
+
+
+def kvm_test_age_gfn(m: Machine, start: int, end: int) -> bool:
+    """Whether any gfn of [start, end) is young. Changes nothing. Source: kvm_test_age_gfn(), test_age_gfn()."""
+    return any(
+        m.fmt.is_accessed_spte(spte)
+        for _, gfn, level, spte in m.page_tables.leaves()
+        if gfn < end and start < gfn + pages_per_level(level)
+    )
+
+
+def kvm_unmap_gfn_range(m: Machine, start: int, end: int) -> bool:
+    """Zap the leaves over [start, end). Returns whether there were any. Source: kvm_unmap_gfn_range(), kvm_tdp_mmu_zap_leafs()."""
+
+    def zap(spte: Spte) -> Changed:
+        return Changed(spte & 0, True)
+
+    return bool(m.update_rmap_leaves(start, end, zap) + m.update_tdp_leaves(start, end, zap))
+
+
+@dataclass(eq=False)
+class Notifier(Operation):
+    """A call of the host's mm into KVM about the gfns of [start, end). ``result``: young, or nothing."""
+
+    actor: ClassVar[str] = "host mm"
+    steps: ClassVar[tuple[str, ...]]
+
+    start: int
+    end: int
+
+    def begin(self, m: Machine) -> None:
+        if not 0 <= self.start < self.end:
+            raise ValueError(f"gfns from {self.start:#x} to {self.end:#x}: the range is empty or negative")
+        covered = any(slot.base_gfn < self.end and self.start < slot.end_gfn for slot in m.memslots.slots.values())
+        self.result = False
+        self.todo = list(self.steps) if covered else []
+
+    @property
+    def where(self) -> int:
+        return self.start
+
+
+@dataclass(eq=False)
+class ClearYoung(Notifier):
+    """Age without a flush: a page that looks idle a little too early does no harm, the host reckons.
+    Source: kvm_mmu_notifier_clear_young(), v5.19."""
+
+    steps = ("kvm_age_gfn",)
+
+    @step(lock="write")
+    def kvm_age_gfn(self, m: Machine) -> str:
+        self.result = kvm_age_gfn(m, self.start, self.end)
+        return "young" if self.result else "old"
+
+
+@dataclass(eq=False)
+class ClearFlushYoung(Notifier):
+    """Age, and flush before unlocking if something was young (until v6.12).
+    Source: kvm_mmu_notifier_clear_flush_young(), v5.19."""
+
+    steps = ("kvm_age_gfn", "kvm_flush_remote_tlbs")
+
+    @step(lock="write", keeps=True)
+    def kvm_age_gfn(self, m: Machine) -> str:
+        self.result = kvm_age_gfn(m, self.start, self.end)
+        if not (self.result and m.kernel.clear_flush_young_flushes):
+            self.todo.clear()
+        return "young" if self.result else "old"
+
+    @step(lock="write")
+    def kvm_flush_remote_tlbs(self, m: Machine) -> None:
+        m.kvm_flush_remote_tlbs()
+
+
+@dataclass(eq=False)
+class TestYoung(Notifier):
+    """Ask, and change nothing. Source: kvm_mmu_notifier_test_young(), v5.19."""
+
+    steps = ("kvm_test_age_gfn",)
+
+    @step(lock="write")
+    def kvm_test_age_gfn(self, m: Machine) -> str:
+        self.result = kvm_test_age_gfn(m, self.start, self.end)
+        return "young" if self.result else "old"
+
+
+@dataclass(eq=False)
+class InvalidateRange(Notifier):
+    """The host is about to change its mapping: zap, flush before unlocking, and until the end of the call make faults on
+    these gfns retry. Source: kvm_mmu_notifier_invalidate_range_start() and _end(), v5.19."""
+
+    steps = ("kvm_unmap_gfn_range", "kvm_flush_remote_tlbs", "invalidate_range_end")
+
+    @step(lock="write", keeps=True)
+    def kvm_unmap_gfn_range(self, m: Machine) -> None:
+        m.invalidating.append((self.start, self.end))
+        self.result = kvm_unmap_gfn_range(m, self.start, self.end)
+
+    @step(lock="write")
+    def kvm_flush_remote_tlbs(self, m: Machine) -> str | None:
+        if not self.result:
+            return "nothing was mapped"
+        m.kvm_flush_remote_tlbs()
+        return None
+
+    @step(lock="write")
+    def invalidate_range_end(self, m: Machine) -> None:
+        m.mmu_notifier_seq += 1
+        m.invalidating.remove((self.start, self.end))
+
+
+@dataclass(eq=False)
+class ChangePte(Notifier):
+    """The host put another frame behind one page (KSM): follow it, read-only, or zap if the new page is writable.
+    Both flush before unlocking. Source: kvm_set_spte_gfn(), kvm_mmu_notifier_change_pte(), v5.19 (gone since v6.10)."""
+
+    steps = ("kvm_set_spte_gfn", "kvm_flush_remote_tlbs")
+
+    slot: MemorySlot
+    writable: bool
+
+    def begin(self, m: Machine) -> None:
+        super().begin(m)
+        if (level := m.host.lookup(self.slot.hva(self.start)).level) > PG_LEVEL_4K:
+            raise ValueError(
+                f"gfn {self.start:#x} is part of a host page of level {level}; only 4K pages change this way"
+            )
+
+    @step(lock="write", keeps=True)
+    def kvm_set_spte_gfn(self, m: Machine) -> None:
+        page = m.host.replace(self.slot.hva(self.start), self.writable)
+        m.mmu_notifier_seq += 1
+        if self.writable:
+            kvm_unmap_gfn_range(m, self.start, self.end)
+            return
+
+        def follow(spte: Spte) -> Changed:
+            return Changed(m.fmt.kvm_mmu_changed_pte_notifier_make_spte(spte, page.pfn), True)
+
+        m.update_rmap_leaves(self.start, self.end, follow)
+        m.update_tdp_leaves(self.start, self.end, follow)
+
+    @step(lock="write")
+    def kvm_flush_remote_tlbs(self, m: Machine) -> None:
+        m.kvm_flush_remote_tlbs()

@@ -1,0 +1,75 @@
+"""Huge pages: how large a mapping may be, splitting before dirty logging, recovery after it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvmbook.machine import Machine
+from kvmbook.memslots import MemorySlot
+from kvmbook.page_tables import Sptep
+from kvmbook.spte import KVM_MAX_HUGEPAGE_LEVEL, PAGE_SHIFT, PG_LEVEL_2M, PG_LEVEL_4K, pages_per_level
+
+
+def disallow_lpage(m: Machine, slot: MemorySlot, gfn: int, level: int) -> bool:
+    """Whether the range of ``level`` around ``gfn`` must not be mapped by one SPTE: it sticks out of the slot, gfn and
+    user address are not aligned alike, or a write-tracked page lies in it. Dirty logging is *not* among the reasons.
+    Source: struct kvm_lpage_info, kvm_alloc_memslot_metadata(), v5.19."""
+    pages = pages_per_level(level)
+    first = gfn & -pages
+    return (
+        first < slot.base_gfn
+        or first + pages > slot.end_gfn
+        or (slot.base_gfn ^ slot.userspace_addr >> PAGE_SHIFT) % pages != 0
+        or any(first <= tracked < first + pages for tracked in m.write_tracked)
+    )
+
+
+def kvm_mmu_max_mapping_level(m: Machine, slot: MemorySlot, gfn: int) -> int:
+    """The largest level at which ``gfn`` may be mapped, by the slot's shape and the host's page size.
+    Source: mmu/mmu.c, v5.19."""
+    level = min(m.host.lookup(slot.hva(gfn)).level, KVM_MAX_HUGEPAGE_LEVEL)
+    while level > PG_LEVEL_4K and disallow_lpage(m, slot, gfn, level):
+        level -= 1
+    return level
+
+
+def tdp_mmu_split_huge_pages(m: Machine, start: int, end: int) -> None:
+    """Split each huge TDP MMU leaf over [start, end) down to 4K, without a flush: the parts allow what the whole did.
+    Source: mmu/tdp_mmu.c: tdp_mmu_split_huge_pages_root(), v5.19."""
+    for level in range(KVM_MAX_HUGEPAGE_LEVEL, PG_LEVEL_4K, -1):
+        for table, span, leaf in m.page_tables.tdp_leaves(start, end, min_level=level, max_level=level):
+            for index in np.flatnonzero(leaf):
+                m.page_tables.split(Sptep(table.pfn, span.start + int(index)))
+
+
+def shadow_mmu_split_huge_pages(m: Machine, start: int, end: int) -> None:
+    """The same for the huge pages of nested guests (v6.0, ada51a9de725). Source: mmu/mmu.c."""
+    for level in range(KVM_MAX_HUGEPAGE_LEVEL, PG_LEVEL_4K, -1):
+        for sptep in m.page_tables.rmap_leaves(start, end, min_level=level, max_level=level):
+            m.page_tables.split(sptep)
+
+
+def zap_collapsible_rmap_sptes(m: Machine, slot: MemorySlot) -> bool:
+    """Drop the legacy MMU's 4K leaves that could be part of a huge page; later faults map it. Returns whether to flush.
+    Source: mmu/mmu.c: kvm_mmu_zap_collapsible_spte(), v5.19."""
+    dropped = False
+    for sptep in m.page_tables.rmap_leaves(slot.base_gfn, slot.end_gfn, max_level=PG_LEVEL_4K):
+        table = m.page_tables.tables[sptep.table]
+        if table.root.direct and kvm_mmu_max_mapping_level(m, slot, table.gfn(sptep.entry)) > PG_LEVEL_4K:
+            m.tell_host(m.page_tables.read(sptep), 0)
+            m.page_tables.write(sptep, 0)
+            dropped = True
+    return dropped
+
+
+def zap_collapsible_tdp_sptes(m: Machine, slot: MemorySlot) -> None:
+    """Cut off each TDP MMU table whose pages could be one huge page, flush, and free it.
+    Source: mmu/tdp_mmu.c: zap_collapsible_spte_range(), v5.19."""
+    for table, span, leaf in m.page_tables.tdp_leaves(slot.base_gfn, slot.end_gfn, max_level=PG_LEVEL_2M):
+        first = table.gfn(span.start + int(np.argmax(leaf)))
+        level = kvm_mmu_max_mapping_level(m, slot, first)
+        if level > table.level and table.pfn in m.page_tables.tables:
+            parent = m.page_tables.entry_at(table.root, first, level)
+            freed = m.page_tables.unlink(parent)
+            m.kvm_flush_remote_tlbs()
+            m.page_tables.free(freed)

@@ -1,0 +1,360 @@
+"""The state of one VM, the few things that everything does to it, and what it means for an operation to be in flight.
+
+`Machine` is data: slots, tables, vCPUs, and a list of operations under way. An `Operation` is data too: which steps are
+still to come, which lock it holds, what it has learned. So a machine can be copied, compared, hashed and put back.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
+
+import numpy as np
+
+from kvmbook.arrays import Spte
+from kvmbook.hardware import Hardware
+from kvmbook.host import HostMemory
+from kvmbook.kernel import Kernel
+from kvmbook.memslots import DirtyRing, MemorySlot, Memslots
+from kvmbook.page_tables import PageTables, Root
+from kvmbook.spte import KVM_MAX_HUGEPAGE_LEVEL, PG_LEVEL_4K, SpteFormat
+from kvmbook.tlb import Tlb
+
+Rule = Callable[[Spte], Any]  # a helper of SpteFormat: an SPTE to a named tuple whose .spte is the new one
+StepFunction = TypeVar("StepFunction", bound=Callable[..., str | None])
+
+
+class Event(NamedTuple):
+    """One line of ``vm.log``: who did which step, to which gfn, and what came of it."""
+
+    actor: str
+    step: str
+    gfn: int | None = None
+    note: str = ""
+
+    def __str__(self) -> str:
+        where = "" if self.gfn is None else f" gfn {self.gfn:#x}"
+        return f"{self.actor}: {self.step}{where}" + (f" -> {self.note}" if self.note else "")
+
+
+@dataclass
+class Counters:
+    """What it all cost. ``walks`` and ``hits`` count guest accesses that ended that way."""
+
+    exits: int = 0
+    flushes: int = 0
+    ipis: int = 0
+    walks: int = 0
+    hits: int = 0
+
+
+# ---- operations in flight --------------------------------------------------------------------------------------------
+
+
+def step(lock: str | None = None, keeps: bool = False) -> Callable[[StepFunction], StepFunction]:
+    """Mark a method as one atomic step. ``lock``: how it needs mmu_lock, "read" or "write". ``keeps``: if the next step
+    needs the lock too, it is not let go, so that nobody else who needs it comes in between."""
+
+    def mark(function: StepFunction) -> StepFunction:
+        setattr(function, "lock", lock)
+        setattr(function, "keeps", keeps)
+        return function
+
+    return mark
+
+
+@dataclass(eq=False)
+class Operation:
+    """Something under way that other CPUs can interrupt. ``todo`` names the steps to come, in order; each is a method
+    marked by `step`. A step may change ``todo``: that is how an operation decides and how it repeats."""
+
+    actor: ClassVar[str] = "user space"
+    needs_slots_lock: ClassVar[bool] = False
+
+    todo: list[str] = field(default_factory=list, init=False)
+    lock: str | None = field(default=None, init=False)
+    result: Any = field(default=None, init=False)
+
+    def begin(self, m: Machine) -> None:
+        """Check the arguments, raise OSError or ValueError, and set ``todo``. Must not change the machine."""
+        raise NotImplementedError
+
+    @property
+    def who(self) -> str:
+        """The actor's name in the log."""
+        return self.actor
+
+    @property
+    def where(self) -> int | None:
+        """The gfn that the next step is about, if it is about one."""
+        return None
+
+    def wants_lock(self, name: str) -> str | None:
+        """How the step ``name`` needs mmu_lock."""
+        wants: str | None = getattr(getattr(self, name), "lock")
+        return wants
+
+    def waits_for(self, m: Machine, name: str) -> list[Operation]:
+        """Which operations in flight must move on before the step ``name`` can be done."""
+        others = [op for op in m.in_flight if op is not self]
+        wants = self.wants_lock(name)
+        blockers = []
+        if self.lock is None and wants is not None:
+            blockers = [op for op in others if op.lock == "write" or (op.lock == "read" and wants == "write")]
+        if self.needs_slots_lock:
+            ahead = m.in_flight[: m.in_flight.index(self)]
+            blockers += [op for op in ahead if op.needs_slots_lock and op not in blockers]
+        return blockers
+
+    def covers(self, slot: MemorySlot, gfn: int) -> bool:
+        """Whether this operation holds news of a write to ``gfn`` that is not in the log, or no longer."""
+        return False
+
+
+# ---- the state -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class VcpuState:
+    """One vCPU. ``pml``: the gfns in its page-modification log, oldest first. ``kicked``: asked to leave the guest.
+    ``fault``: the page fault that KVM is handling for it, if any; meanwhile it is outside the guest."""
+
+    id: int
+    tlb: Tlb = field(default_factory=Tlb)
+    pml: list[int] = field(default_factory=list)
+    dirty_ring: DirtyRing | None = None
+    kicked: bool = False
+    fault: Operation | None = None
+
+    @property
+    def name(self) -> str:
+        return f"vCPU{self.id}"
+
+
+@dataclass
+class Machine:
+    """All of a VM that the model knows.
+
+    ``pages_per_step``: how many pages one step of a slot-wide pass takes; None = all. ``mmu_notifier_seq`` and
+    ``invalidating`` are what makes a fault retry that raced with the host. ``written`` and ``watched`` are not KVM's:
+    they are the truth that the log is held against. ``watched`` has the slots whose log user space relies on, since
+    enabling returned; ``written`` the gfns of those slots that were written since their last report.
+    """
+
+    hardware: Hardware
+    kernel: Kernel
+    fmt: SpteFormat
+    l1_root: Root
+    l2_root: Root | None
+    page_tables: PageTables
+    host: HostMemory
+    eager_page_split: bool = True
+    nx_huge_pages: bool = False
+    pages_per_step: int | None = None
+    memslots: Memslots = field(default_factory=Memslots)
+    vcpus: list[VcpuState] = field(default_factory=list)
+    in_flight: list[Operation] = field(default_factory=list)
+    manual_protect: bool = False
+    initially_set: bool = False
+    dirty_ring_size: int = 0
+    nr_memslots_dirty_logging: int = 0
+    mmu_notifier_seq: int = 0
+    invalidating: list[tuple[int, int]] = field(default_factory=list)
+    write_tracked: set[int] = field(default_factory=set)
+    written: set[int] = field(default_factory=set)
+    watched: set[tuple[int, int]] = field(default_factory=set)
+    counters: Counters = field(default_factory=Counters)
+    log: list[Event] = field(default_factory=list)
+
+    # ---- running operations -----------------------------------------------------------------------------------------
+
+    def start(self, operation: Operation) -> Operation:
+        """Put an operation in flight, none of its steps done. Raises what its checks raise, and then changes nothing."""
+        operation.begin(self)
+        if operation.todo:
+            self.in_flight.append(operation)
+        return operation
+
+    def step(self, operation: Operation) -> None:
+        """Do the next step of an operation in flight. Raises ValueError if it must wait for others, or is over."""
+        if not operation.todo:
+            raise ValueError(f"{type(operation).__name__} is over: it has no next step")
+        name = operation.todo[0]
+        if blockers := operation.waits_for(self, name):
+            raise ValueError(f"{name} must wait for {blockers[0].who}: {blockers[0].todo[0]}")
+        method, where, logged = getattr(operation, name), operation.where, len(self.log)
+        operation.lock = operation.lock or operation.wants_lock(name)
+        del operation.todo[0]
+        self.record(operation.who, name, where)
+        note = method(self)
+        if note:
+            self.log[logged] = self.log[logged]._replace(note=note)
+        if not (getattr(method, "keeps") and operation.todo and operation.wants_lock(operation.todo[0])):
+            operation.lock = None
+        if not operation.todo:
+            self.in_flight.remove(operation)
+
+    def run(self, operation: Operation) -> Any:
+        """Do all steps of an operation and return its result. Where it must wait, those it waits for go on. A vCPU that
+        is kicked leaves the guest at once."""
+        if operation not in self.in_flight:
+            self.start(operation)
+        while operation.todo:
+            mover = operation
+            while blockers := mover.waits_for(self, mover.todo[0]):
+                mover = blockers[0]
+            self.step(mover)
+            for vcpu in self.vcpus:
+                if vcpu.kicked:
+                    self.vcpu_exit(vcpu)
+        return operation.result
+
+    def record(self, actor: str, step: str, gfn: int | None = None, note: str = "") -> None:
+        """Add one line to the log."""
+        self.log.append(Event(actor, step, gfn, note))
+
+    # ---- what vCPUs are made to do ----------------------------------------------------------------------------------
+
+    def vcpu_exit(self, vcpu: VcpuState) -> None:
+        """Leave the guest and come back. Every exit drains the PML buffer; none flushes the TLB."""
+        vcpu.kicked = False
+        self.counters.exits += 1
+        logged, vcpu.pml = vcpu.pml, []
+        for gfn in logged:
+            self.mark_page_dirty_in_slot(self.memslots.gfn_to_memslot(gfn), gfn, vcpu)
+
+    def kick_all(self) -> None:
+        """Ask each vCPU that runs the guest to leave it, and do not wait. Source: kvm_make_all_cpus_request()."""
+        for vcpu in self.vcpus:
+            vcpu.kicked = vcpu.fault is None
+
+    def kvm_flush_remote_tlbs(self) -> None:
+        """Flush every vCPU's TLB. Each that runs the guest takes an IPI and an exit. Slot ranges are not told apart:
+        only hosts under Hyper-V can do that. Source: kvm_flush_remote_tlbs(), v5.19."""
+        self.counters.flushes += 1
+        for vcpu in self.vcpus:
+            if vcpu.fault is None:
+                self.counters.ipis += 1
+                self.vcpu_exit(vcpu)
+            vcpu.tlb.flush()
+
+    # ---- SPTEs in bulk ----------------------------------------------------------------------------------------------
+
+    def update_tdp_leaves(
+        self, start: int, end: int, rule: Rule, min_level: int = PG_LEVEL_4K, max_level: int = KVM_MAX_HUGEPAGE_LEVEL
+    ) -> list[tuple[Spte, Any]]:
+        """Apply a helper of `SpteFormat` to each present TDP MMU leaf over [start, end). Returns (SPTEs before, answer)
+        for each table, as arrays."""
+        visited = []
+        for table, span, leaf in self.page_tables.tdp_leaves(start, end, min_level, max_level):
+            sptes = table.sptes[span]
+            old = sptes[leaf]
+            answer = rule(old)
+            sptes[leaf] = answer.spte
+            self.tell_host(old, answer.spte)
+            visited.append((old, answer))
+        return visited
+
+    def update_rmap_leaves(
+        self, start: int, end: int, rule: Rule, min_level: int = PG_LEVEL_4K, max_level: int = KVM_MAX_HUGEPAGE_LEVEL
+    ) -> list[tuple[Spte, Any]]:
+        """The same for the legacy MMU's leaves, one SPTE at a time."""
+        visited = []
+        for sptep in self.page_tables.rmap_leaves(start, end, min_level, max_level):
+            old = self.page_tables.read(sptep)
+            answer = rule(old)
+            self.page_tables.write(sptep, answer.spte)
+            self.tell_host(old, answer.spte)
+            visited.append((old, answer))
+        return visited
+
+    def tell_host(self, old: Spte, new: Spte) -> None:
+        """Mark the host's frame dirty when an SPTE stops being dirty. This is ``struct page``, not the dirty bitmap."""
+        ended = self.fmt.is_dirty_spte(old) & (self.fmt.is_dirty_spte(new) == 0)
+        self.host.dirty.update(np.ravel(self.fmt.pfn(np.asarray(old, np.uint64)[np.asarray(ended)])).tolist())
+
+    # ---- dirty pages ------------------------------------------------------------------------------------------------
+
+    @property
+    def have_rmaps(self) -> bool:
+        """Whether a slot-wide pass must visit the rmaps: the TDP MMU is off, or a nested guest has run.
+        Source: kvm_memslots_have_rmaps(), v5.19."""
+        return not self.hardware.tdp_mmu or any(not root.tdp_mmu for root in self.page_tables.roots)
+
+    @property
+    def pml_on(self) -> bool:
+        """Whether vCPUs run with PML switched on: some slot logs. Source: vmx_update_cpu_dirty_logging()."""
+        return bool(self.hardware.cpu_dirty_log_size) and self.nr_memslots_dirty_logging > 0
+
+    def mark_page_dirty_in_slot(self, slot: MemorySlot | None, gfn: int, vcpu: VcpuState | None) -> None:
+        """Log a write, if the slot logs: in the running vCPU's ring if rings are used, else in the bitmap.
+        Source: mark_page_dirty_in_slot(), v5.19."""
+        if slot is None or not slot.logs_dirty:
+            return
+        if self.dirty_ring_size:
+            if vcpu is None or vcpu.dirty_ring is None:
+                raise ValueError("with dirty rings a page can be marked only on behalf of a running vCPU")
+            vcpu.dirty_ring.push(slot, gfn)
+        else:
+            slot.set_bit(gfn)
+
+    def watch(self, slot: MemorySlot) -> None:
+        """From now on user space relies on the slot's log."""
+        self.unwatch(slot)
+        self.watched.add((slot.as_id, slot.id))
+
+    def unwatch(self, slot: MemorySlot) -> None:
+        self.watched.discard((slot.as_id, slot.id))
+        self.written.difference_update(range(slot.base_gfn, slot.end_gfn))
+
+    def note_write(self, gfn: int) -> None:
+        """The guest's memory at ``gfn`` has changed. KVM may or may not know."""
+        if any(gfn in self.memslots.slots[key] for key in self.watched):
+            self.written.add(gfn)
+
+    def knows_of_write(self, slot: MemorySlot, gfn: int) -> bool:
+        """Whether a bitmap, ring, PML buffer or operation in flight will bring ``gfn`` into a report."""
+        ring_entry = (slot.as_id << 16 | slot.id, gfn - slot.base_gfn)
+        return (
+            slot.test_bit(gfn)
+            or any(gfn in vcpu.pml for vcpu in self.vcpus)
+            or any(
+                ring_entry == (entry.slot, entry.offset)
+                for vcpu in self.vcpus
+                if vcpu.dirty_ring is not None
+                for entry in vcpu.dirty_ring.entries.values()
+            )
+            or any(op.covers(slot, gfn) for op in self.in_flight)
+        )
+
+    # ---- state as a value -------------------------------------------------------------------------------------------
+
+    def copy(self) -> Self:
+        """An independent copy of everything, operations in flight included. The log is copied shallowly."""
+        return copy.deepcopy(self, {id(self.log): list(self.log)})
+
+    def state(self) -> Any:
+        """A hashable value that is equal for two machines with the same future: all but the log and the counters."""
+        return freeze({f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("log", "counters")})
+
+
+MachineType = TypeVar("MachineType", bound=Machine)
+
+
+def freeze(value: Any) -> Any:
+    """A hashable stand-in for nested dataclasses, containers and arrays; equal values give equal stand-ins."""
+    if isinstance(value, np.ndarray):
+        return value.shape, value.tobytes()
+    if isinstance(value, dict):
+        return frozenset((key, freeze(item)) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return tuple(freeze(item) for item in value)
+    if isinstance(value, set):
+        return frozenset(value)
+    if is_dataclass(value) and not getattr(value, "__dataclass_params__").frozen:
+        return type(value).__name__, tuple(freeze(getattr(value, f.name)) for f in fields(value))
+    if isinstance(value, MemorySlot):
+        return value, freeze(value.dirty_bitmap)
+    return value

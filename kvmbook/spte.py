@@ -1,0 +1,495 @@
+"""One 64-bit shadow page table entry (SPTE): its bits, and what KVM asks and does of them.
+
+Every function takes one ``int`` or a ``uint64`` array of any shape, and says the same of one word as of a million.
+That works because the formulas use only ``==``, ``!=``, ``&``, ``|``, ``^``, shifts and `where`.
+
+Names are the kernel's. Sources are files below ``arch/x86/kvm/mmu`` of Linux v5.19 unless a docstring says otherwise.
+"Present" without more words means MMU-present (bit 11): KVM's own mark, which hardware ignores.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from kvmbook.arrays import ALL_BITS, SPTE_BASE_ADDR_MASK, SPTES_PER_TABLE, Spte, Truth, by_word, where
+
+PG_LEVEL_4K, PG_LEVEL_2M, PG_LEVEL_1G = 1, 2, 3
+KVM_MAX_HUGEPAGE_LEVEL = PG_LEVEL_1G
+PAGE_SHIFT = 12
+
+ACC_EXEC_MASK, ACC_WRITE_MASK, ACC_USER_MASK = 1, 2, 4
+ACC_ALL = 7
+
+READ_MASK = 1 << 0  # EPT: readable. NPT and shadow: present, which there means readable too
+PT_WRITABLE_MASK = 1 << 1
+PT_PAGE_SIZE_MASK = 1 << 7
+SPTE_MMU_PRESENT_MASK = 1 << 11
+SPTE_TDP_AD_MASK = 3 << 52
+SPTE_TDP_AD_ENABLED_MASK = 0 << 52
+SPTE_TDP_AD_DISABLED_MASK = 1 << 52
+SPTE_TDP_AD_WRPROT_ONLY_MASK = 2 << 52
+EPT_RX_MASK = 0b101
+EPT_RWX_MASK = 0b111
+SHADOW_ACC_TRACK_SAVED_BITS_SHIFT = 54
+SHADOW_ACC_TRACK_SAVED_MASK = EPT_RX_MASK << SHADOW_ACC_TRACK_SAVED_BITS_SHIFT
+REMOVED_SPTE = 0x5A0  # the TDP MMU's "frozen, hands off"
+
+
+def pages_per_level(level: int) -> int:
+    """Return how many 4K pages one entry of a table at ``level`` (1 = 4K, 2 = 2M, 3 = 1G) covers."""
+    return 1 << (9 * (level - 1))
+
+
+class Flushed(NamedTuple):
+    """A new SPTE, and whether the helper asks its caller for a TLB flush."""
+
+    spte: Spte
+    flush: Truth
+
+
+class Changed(NamedTuple):
+    """A new SPTE, and whether the TDP MMU counts it as changed."""
+
+    spte: Spte
+    changed: Truth
+
+
+class WasWritable(NamedTuple):
+    """A new SPTE, and whether W was set before."""
+
+    spte: Spte
+    was_writable: Truth
+
+
+class Aged(NamedTuple):
+    """A new SPTE, whether the page was young, and whether the host is told that the page is dirty."""
+
+    spte: Spte
+    young: Truth
+    pfn_dirty: Truth
+
+
+class Updated(NamedTuple):
+    """What replacing one present leaf by another asks for: a flush, and news for the host's ``struct page``."""
+
+    flush: Truth
+    pfn_accessed: Truth
+    pfn_dirty: Truth
+
+
+class Made(NamedTuple):
+    """A new leaf, and whether it stayed read-only because the gfn is write-tracked."""
+
+    spte: int
+    wrprot: bool
+
+
+class Rights(NamedTuple):
+    """What hardware allows through an SPTE."""
+
+    read: Truth
+    write: Truth
+    execute: Truth
+
+    def allow(self, access: str) -> Truth:
+        """Whether they suffice for ``access``: "read", "write" or "fetch"."""
+        return {"read": self.read, "write": self.write, "fetch": self.execute}[access]
+
+
+@dataclass(frozen=True)
+class SpteFormat:
+    """The masks that KVM computes once per host (`kvm_mmu_reset_all_pte_masks`, `kvm_mmu_set_ept_masks`), and all the
+    helpers that read and write SPTEs through them.
+
+    A kernel release that changes a helper is a subclass; see `kvmbook.kernel`.
+    Source: mmu/spte.h, mmu/spte.c, mmu/mmu.c and mmu/tdp_mmu.c, v5.19.
+    """
+
+    name: str
+    shadow_user_mask: int
+    shadow_accessed_mask: int
+    shadow_dirty_mask: int
+    shadow_nx_mask: int
+    shadow_x_mask: int
+    shadow_present_mask: int
+    shadow_acc_track_mask: int
+    shadow_host_writable_mask: int
+    shadow_mmu_writable_mask: int
+    shadow_memtype_mask: int
+    shadow_mmio_value: int
+    shadow_mmio_mask: int
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SpteFormat:
+        return self
+
+    # ---- the formats ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def ept(cls, ad_bits: bool = True, exec_only: bool = True) -> SpteFormat:
+        """Return Intel's EPT format. ``ad_bits=False``: a CPU before Haswell, or ``kvm_intel.eptad=0``.
+
+        Source: mmu/spte.c: kvm_mmu_set_ept_masks(), v5.19.
+        """
+        return cls(
+            name="EPT with A/D bits" if ad_bits else "EPT without A/D bits",
+            shadow_user_mask=READ_MASK,
+            shadow_accessed_mask=1 << 8 if ad_bits else 0,
+            shadow_dirty_mask=1 << 9 if ad_bits else 0,
+            shadow_nx_mask=0,
+            shadow_x_mask=1 << 2,
+            shadow_present_mask=0 if exec_only else READ_MASK,
+            shadow_acc_track_mask=EPT_RWX_MASK,
+            shadow_host_writable_mask=1 << 57,
+            shadow_mmu_writable_mask=1 << 58,
+            shadow_memtype_mask=6 << 3 | 1 << 6,
+            shadow_mmio_value=0b110,
+            shadow_mmio_mask=0b111,
+        )
+
+    @classmethod
+    def npt(cls) -> SpteFormat:
+        """Return AMD's nested paging format, which always has A and D bits.
+
+        Source: mmu/spte.c: kvm_mmu_reset_all_pte_masks(), v5.19.
+        """
+        return cls._x86_64("NPT")
+
+    @classmethod
+    def shadow(cls) -> SpteFormat:
+        """Return the format of shadow paging: the guest's own x86-64 format. Source: as `npt`."""
+        return cls._x86_64("shadow paging")
+
+    @classmethod
+    def _x86_64(cls, name: str) -> SpteFormat:
+        return cls(
+            name=name,
+            shadow_user_mask=1 << 2,
+            shadow_accessed_mask=1 << 5,
+            shadow_dirty_mask=1 << 6,
+            shadow_nx_mask=1 << 63,
+            shadow_x_mask=0,
+            shadow_present_mask=READ_MASK,
+            shadow_acc_track_mask=0,
+            shadow_host_writable_mask=1 << 9,
+            shadow_mmu_writable_mask=1 << 10,
+            shadow_memtype_mask=0,
+            shadow_mmio_value=1 << 51 | READ_MASK,
+            shadow_mmio_mask=1 << 51 | READ_MASK,
+        )
+
+    # ---- predicates -------------------------------------------------------------------------------------------------
+
+    @property
+    def kvm_ad_enabled(self) -> bool:
+        """Whether KVM uses A/D bits at all. Source: mmu/spte.h: kvm_ad_enabled()."""
+        return self.shadow_accessed_mask != 0
+
+    def is_shadow_present_pte(self, spte: Spte) -> Truth:
+        """Whether the SPTE maps something, a page or a table. Source: mmu/spte.h."""
+        return spte & SPTE_MMU_PRESENT_MASK != 0
+
+    def is_removed_spte(self, spte: Spte) -> Truth:
+        """Whether the TDP MMU has frozen the entry. Source: mmu/spte.h."""
+        return spte == REMOVED_SPTE
+
+    def is_mmio_spte(self, spte: Spte) -> Truth:
+        """Whether the entry caches "no memory here". Such an entry is never MMU-present. Source: mmu/spte.h."""
+        return (spte & SPTE_MMU_PRESENT_MASK == 0) & (spte & self.shadow_mmio_mask == self.shadow_mmio_value)
+
+    def is_writable_pte(self, spte: Spte) -> Truth:
+        """Whether hardware lets the guest write through it. False does *not* mean that no CPU can write: a TLB may
+        remember more. Source: mmu/spte.h."""
+        return spte & PT_WRITABLE_MASK != 0
+
+    def is_mmu_writable_spte(self, spte: Spte) -> Truth:
+        """Whether KVM may set W again without mmu_lock. This is the bit that tells the truth about TLBs: if it is
+        clear, no TLB may hold a writable entry. Source: mmu/spte.h (before v5.18: spte_can_locklessly_be_made_writable)."""
+        return spte & self.shadow_mmu_writable_mask != 0
+
+    def is_large_pte(self, spte: Spte) -> Truth:
+        """Whether the entry has the PS bit, a leaf above level 1. Source: mmu/spte.h."""
+        return spte & PT_PAGE_SIZE_MASK != 0
+
+    def is_last_spte(self, spte: Spte, level: int) -> Truth:
+        """Whether a present entry of a table at ``level`` maps a page and not a table. Source: mmu/spte.h."""
+        return self.is_large_pte(spte) | (level == PG_LEVEL_4K)
+
+    def is_executable_pte(self, spte: Spte) -> Truth:
+        """Whether hardware lets the guest fetch instructions through it. Source: mmu/spte.h."""
+        return spte & (self.shadow_x_mask | self.shadow_nx_mask) == self.shadow_x_mask
+
+    def spte_ad_enabled(self, spte: Spte) -> Truth:
+        """Whether hardware keeps A and D in this SPTE: types 0 and 2. Source: mmu/spte.h."""
+        return spte & SPTE_TDP_AD_MASK != SPTE_TDP_AD_DISABLED_MASK
+
+    def spte_ad_need_write_protect(self, spte: Spte) -> Truth:
+        """Whether dirty logging must use W, and never D, for this SPTE: types 1 and 2. Source: mmu/spte.h."""
+        return spte & SPTE_TDP_AD_MASK != SPTE_TDP_AD_ENABLED_MASK
+
+    def spte_shadow_accessed_mask(self, spte: Spte) -> Spte:
+        """The mask of this SPTE's A bit, 0 if it has none. Source: mmu/spte.h."""
+        return where(self.spte_ad_enabled(spte), self.shadow_accessed_mask, spte & 0)
+
+    def spte_shadow_dirty_mask(self, spte: Spte) -> Spte:
+        """The mask of this SPTE's D bit, 0 if it has none. Source: mmu/spte.h."""
+        return where(self.spte_ad_enabled(spte), self.shadow_dirty_mask, spte & 0)
+
+    def is_access_track_spte(self, spte: Spte) -> Truth:
+        """Whether the SPTE was made inaccessible to notice the next access: type 1 with R = W = X = 0.
+        Source: mmu/spte.h."""
+        return (spte & SPTE_TDP_AD_MASK == SPTE_TDP_AD_DISABLED_MASK) & (spte & self.shadow_acc_track_mask == 0)
+
+    def is_accessed_spte(self, spte: Spte) -> Truth:
+        """Whether the page counts as young. Source: mmu/spte.h."""
+        mask = self.spte_shadow_accessed_mask(spte)
+        return where(mask != 0, spte & mask != 0, self.is_access_track_spte(spte) == 0)
+
+    def is_dirty_spte(self, spte: Spte) -> Truth:
+        """Whether the page may have been written through this SPTE: D where there is a D bit, else W.
+        Source: mmu/spte.h."""
+        mask = self.spte_shadow_dirty_mask(spte)
+        return where(mask != 0, spte & mask != 0, self.is_writable_pte(spte))
+
+    def spte_has_volatile_bits(self, spte: Spte) -> Truth:
+        """Whether the SPTE may change outside mmu_lock, so that an update must be an atomic exchange.
+        Source: mmu/spte.c."""
+        return (
+            (self.is_mmu_writable_spte(spte) & (self.is_writable_pte(spte) == 0))
+            | self.is_access_track_spte(spte)
+            | (
+                self.spte_ad_enabled(spte)
+                & (
+                    (spte & self.shadow_accessed_mask == 0)
+                    | (self.is_writable_pte(spte) & (spte & self.shadow_dirty_mask == 0))
+                )
+            )
+        )
+
+    def check_spte_writable_invariants(self, spte: Spte) -> None:
+        """Assert that each present SPTE has a legal (HW, MW, W) triple: 1,1,1 or 1,1,0 or 1,0,0 or 0,0,0.
+
+        Raises AssertionError naming the first SPTE that breaks the chain W -> MMU-writable -> host-writable.
+        Source: mmu/spte.h (there a warning).
+        """
+        hw, mw, w = self.shadow_host_writable_mask, self.shadow_mmu_writable_mask, PT_WRITABLE_MASK
+        broken = (spte & (mw | w) == w) | (spte & (hw | mw) == mw)
+        if np.any(broken) and np.any(broken := broken & self.is_shadow_present_pte(spte)):
+            word = int(np.ravel(spte)[np.argmax(np.ravel(broken))])
+            triple = ", ".join(f"{n}={int(word & m != 0)}" for n, m in (("HW", hw), ("MW", mw), ("W", w)))
+            raise AssertionError(
+                f"SPTE {word:#018x} ({self.name}) has {triple}: W needs MMU-writable, MMU-writable needs host-writable"
+            )
+
+    def hardware_rights(self, spte: Spte) -> Rights:
+        """What a CPU reads out of the SPTE; all false if hardware finds it not present."""
+        read = spte & READ_MASK != 0
+        walks = read | (spte & self.shadow_acc_track_mask != 0)
+        return Rights(read, walks & self.is_writable_pte(spte), walks & self.is_executable_pte(spte))
+
+    def pfn(self, spte: Spte) -> Spte:
+        """The host frame that the SPTE points to. Source: mmu/spte.h: spte_to_pfn()."""
+        return (spte & SPTE_BASE_ADDR_MASK) >> PAGE_SHIFT
+
+    # ---- access tracking --------------------------------------------------------------------------------------------
+
+    @by_word
+    def mark_spte_for_access_track(self, spte: Spte) -> Spte:
+        """Make the next access visible: clear A, or, on a type-1 SPTE, save R and X and clear R, W and X.
+
+        W is not saved. It comes back only on a write fault, because MMU-writable says that it may.
+        Raises AssertionError if R and X were saved already. Source: mmu/spte.c.
+        """
+        self.check_spte_writable_invariants(spte)
+        if np.any((spte & SHADOW_ACC_TRACK_SAVED_MASK != 0) & (spte & EPT_RWX_MASK != 0)):
+            raise AssertionError("an accessible SPTE has saved R or X bits: it was marked for access tracking twice")
+        saved = (spte & EPT_RX_MASK) << SHADOW_ACC_TRACK_SAVED_BITS_SHIFT
+        tracked = (spte | saved) & (ALL_BITS ^ self.shadow_acc_track_mask)
+        return where(self.spte_ad_enabled(spte), spte & (ALL_BITS ^ self.shadow_accessed_mask), tracked)
+
+    @by_word
+    def restore_acc_track_spte(self, spte: Spte) -> Spte:
+        """Put the saved R and X back. W stays 0, always. Source: mmu/spte.h."""
+        saved = (spte >> SHADOW_ACC_TRACK_SAVED_BITS_SHIFT) & EPT_RX_MASK
+        return (spte & (ALL_BITS ^ (self.shadow_acc_track_mask | SHADOW_ACC_TRACK_SAVED_MASK))) | saved
+
+    @by_word
+    def mmu_spte_age(self, spte: Spte) -> Aged:
+        """Age one leaf; an old one is left alone. Whether to flush is not decided here.
+
+        ``pfn_dirty`` is about the host's ``struct page``, never about KVM's dirty bitmap.
+        Source: mmu/mmu.c: mmu_spte_age(), mmu/tdp_mmu.c: age_gfn_range().
+        """
+        young = self.is_accessed_spte(spte)
+        pfn_dirty = young & (self.spte_ad_enabled(spte) == 0) & self.is_writable_pte(spte)
+        return Aged(self.mark_spte_for_access_track(spte), young, pfn_dirty)  # marking an old SPTE changes nothing
+
+    @by_word
+    def make_spte_executable(self, spte: Spte) -> Spte:
+        """Add execute permission, also to one that is being access-tracked. Source: mmu/spte.c."""
+        tracked = self.is_access_track_spte(spte)
+        open_spte = where(tracked, self.restore_acc_track_spte(spte), spte)
+        runs = (open_spte & (ALL_BITS ^ self.shadow_nx_mask)) | self.shadow_x_mask
+        return where(tracked, self.mark_spte_for_access_track(runs), runs)
+
+    # ---- updates of a present leaf, and the rmap side ---------------------------------------------------------------
+
+    def mmu_spte_update(self, old: Spte, new: Spte) -> Updated:
+        """What the legacy MMU owes after replacing the present leaf ``old`` (the value exchanged out) by ``new``.
+
+        Note the first reason to flush: MMU-writable of *old* and W of *new*. An SPTE that was already W=0 says
+        "flush" too, if a caller gets that far; see `spte_write_protect` for one that does not.
+        Raises AssertionError for an illegal ``new`` and for another pfn. Source: mmu/mmu.c, v5.19 (to v6.12).
+        """
+        self.check_spte_writable_invariants(new)
+        present = self.is_shadow_present_pte(old)
+        if np.any(present & (self.pfn(old) != self.pfn(new))):
+            raise AssertionError("a present leaf was replaced by one with another pfn: it must be zapped first")
+        accessed = present & self.is_accessed_spte(old) & (self.is_accessed_spte(new) == 0)
+        dirty = present & self.is_dirty_spte(old) & (self.is_dirty_spte(new) == 0)
+        writable = present & self.is_mmu_writable_spte(old) & (self.is_writable_pte(new) == 0)
+        return Updated(writable | accessed | dirty, accessed, dirty)
+
+    @by_word
+    def spte_write_protect(self, spte: Spte, pt_protect: bool = False) -> Flushed:
+        """Clear W, and with ``pt_protect`` also MMU-writable.
+
+        ``pt_protect=False`` is dirty logging's way, and its early return is the hole of the seed bug: an SPTE with
+        W=0 is skipped and asks for no flush, whatever a TLB still holds. ``pt_protect=True`` guards a guest's page
+        table and looks at MMU-writable. Source: mmu/mmu.c.
+        """
+        skip = self.is_writable_pte(spte) == 0
+        if pt_protect:
+            skip = skip & (self.is_mmu_writable_spte(spte) == 0)
+        cleared = PT_WRITABLE_MASK | (self.shadow_mmu_writable_mask if pt_protect else 0)
+        new = where(skip, spte, spte & (ALL_BITS ^ cleared))
+        self.check_spte_writable_invariants(new)
+        # A word that was not skipped was MMU-writable and is not W now: mmu_spte_update() says "flush" to each.
+        return Flushed(new, skip == 0)
+
+    @by_word
+    def spte_clear_dirty(self, spte: Spte) -> Flushed:
+        """Clear D. A W=0, MMU-writable SPTE asks for a flush even if D was clear, as `mmu_spte_update` has it.
+        Raises AssertionError for a type-1 SPTE, which has no D. Source: mmu/mmu.c."""
+        if np.any(self.spte_ad_enabled(spte) == 0):
+            raise AssertionError("clearing D of a type-1 SPTE: it has none, it must be write-protected")
+        new = spte & (ALL_BITS ^ self.shadow_dirty_mask)
+        return Flushed(new, self.mmu_spte_update(spte, new).flush)
+
+    @by_word
+    def spte_wrprot_for_clear_dirty(self, spte: Spte) -> WasWritable:
+        """Test and clear W, without a look at MMU-writable. Source: mmu/mmu.c."""
+        return WasWritable(spte & (ALL_BITS ^ PT_WRITABLE_MASK), self.is_writable_pte(spte))
+
+    @by_word
+    def rmap_clear_dirty(self, spte: Spte) -> Flushed:
+        """Forget that the page is dirty, by W or by D as the SPTE's type asks.
+        Source: mmu/mmu.c: __rmap_clear_dirty()."""
+        by_write = self.spte_ad_need_write_protect(spte)
+        protected, was_writable = self.spte_wrprot_for_clear_dirty(spte)
+        cleaned = spte & (ALL_BITS ^ self.shadow_dirty_mask)
+        flush = where(by_write, was_writable, self.mmu_spte_update(spte, cleaned).flush)
+        return Flushed(where(by_write, protected, cleaned), flush)
+
+    def kvm_mmu_changed_pte_notifier_make_spte(self, spte: Spte, pfn: int) -> Spte:
+        """Point the SPTE at the host's new, read-only page ``pfn``. Source: mmu/spte.c."""
+        gone = SPTE_BASE_ADDR_MASK | PT_WRITABLE_MASK | self.shadow_host_writable_mask | self.shadow_mmu_writable_mask
+        return self.mark_spte_for_access_track(spte & (ALL_BITS ^ gone) | pfn << PAGE_SHIFT)
+
+    # ---- the same jobs in the TDP MMU: present leaves only; the walkers of wrprot.py choose those -------------------
+
+    @by_word
+    def tdp_wrprot(self, spte: Spte) -> Changed:
+        """Clear W where it is set. Source: mmu/tdp_mmu.c: wrprot_gfn_range()."""
+        return Changed(spte & (ALL_BITS ^ PT_WRITABLE_MASK), self.is_writable_pte(spte))
+
+    @by_word
+    def tdp_clear_dirty(self, spte: Spte, wrprot: bool = False) -> Changed:
+        """Clear D of a type-0 SPTE, W of another; with ``wrprot``, W of each.
+        Source: mmu/tdp_mmu.c: clear_dirty_gfn_range(), clear_dirty_pt_masked()."""
+        by_write = self.spte_ad_need_write_protect(spte) | wrprot
+        mask = where(by_write, PT_WRITABLE_MASK, (spte & 0) | self.shadow_dirty_mask)
+        return Changed(spte & (mask ^ ALL_BITS), spte & mask != 0)
+
+    @by_word
+    def tdp_write_protect(self, spte: Spte) -> Changed:
+        """Clear W and MMU-writable, to guard a guest's page table. Source: mmu/tdp_mmu.c: write_protect_gfn()."""
+        mask = PT_WRITABLE_MASK | self.shadow_mmu_writable_mask
+        return Changed(spte & (ALL_BITS ^ mask), spte & mask != 0)
+
+    # ---- building entries -------------------------------------------------------------------------------------------
+
+    def tdp_ad_type(self, ad_disabled: bool, guest_mode: bool, pml: bool) -> int:
+        """The type bits of a leaf: 1 where the table's role has no A/D bits, 2 for an L2 guest under PML, else 0."""
+        if ad_disabled:
+            return SPTE_TDP_AD_DISABLED_MASK
+        return SPTE_TDP_AD_WRPROT_ONLY_MASK if pml and guest_mode else SPTE_TDP_AD_ENABLED_MASK
+
+    def make_spte(
+        self,
+        pfn: int,
+        *,
+        level: int = PG_LEVEL_4K,
+        ad_type: int = SPTE_TDP_AD_ENABLED_MASK,
+        access: int = ACC_ALL,
+        old_spte: int = 0,
+        prefetch: bool = False,
+        host_writable: bool = True,
+        write_tracked: bool = False,
+        nx_huge_pages: bool = False,
+    ) -> Made:
+        """Build a leaf for host frame ``pfn``.
+
+        ``access`` is a sum of ACC_EXEC_MASK, ACC_WRITE_MASK and ACC_USER_MASK (in EPT: read). ``ad_type`` comes from
+        `tdp_ad_type`. ``write_tracked``: KVM watches the gfn as a guest page table.
+        Over an ``old_spte`` with W=1 the last steps are skipped: such an SPTE gets W=1 and **D=0** (to v6.12).
+        Raises AssertionError for an SPTE that would allow nothing. Source: mmu/spte.c.
+        """
+        if access == 0 and self.shadow_present_mask == 0:
+            raise AssertionError("make_spte: no access asked for, and no present bit: the SPTE would be invisible")
+        spte = SPTE_MMU_PRESENT_MASK | ad_type | self.shadow_present_mask | self.shadow_memtype_mask
+        if not prefetch:
+            spte |= int(self.spte_shadow_accessed_mask(spte))
+        if level > PG_LEVEL_4K:
+            spte |= PT_PAGE_SIZE_MASK
+            if nx_huge_pages:
+                access &= ~ACC_EXEC_MASK
+        spte |= self.shadow_x_mask if access & ACC_EXEC_MASK else self.shadow_nx_mask
+        if access & ACC_USER_MASK:
+            spte |= self.shadow_user_mask
+        if host_writable:
+            spte |= self.shadow_host_writable_mask
+        spte |= pfn << PAGE_SHIFT
+        wrprot = False
+        if access & ACC_WRITE_MASK and host_writable:
+            if self._remakes_writable(old_spte):
+                spte |= PT_WRITABLE_MASK | self.shadow_mmu_writable_mask
+            elif write_tracked:
+                wrprot = True
+            else:
+                spte |= PT_WRITABLE_MASK | self.shadow_mmu_writable_mask | int(self.spte_shadow_dirty_mask(spte))
+        return Made(int(self.mark_spte_for_access_track(spte)) if prefetch else spte, wrprot)
+
+    def _remakes_writable(self, old_spte: int) -> bool:
+        """Whether make_spte() may skip the write-tracking look-up, and with it setting D."""
+        return bool(self.is_writable_pte(old_spte))
+
+    def make_nonleaf_spte(self, table_pfn: int, ad_disabled: bool) -> int:
+        """Build the entry for a child table; it grants every right. Source: mmu/spte.c."""
+        spte = SPTE_MMU_PRESENT_MASK | table_pfn << PAGE_SHIFT | self.shadow_present_mask | PT_WRITABLE_MASK
+        spte |= self.shadow_user_mask | self.shadow_x_mask
+        return spte | (SPTE_TDP_AD_DISABLED_MASK if ad_disabled else self.shadow_accessed_mask)
+
+    def make_huge_page_split_spte(self, huge_spte: int, huge_level: int, nx_huge_pages: bool = False) -> Spte:
+        """The 512 children of a huge SPTE, which inherit everything: an access-tracked one has 512 access-tracked
+        children. Returns a uint64 array of shape (512,). Source: mmu/spte.c."""
+        child_level = huge_level - 1
+        offsets = np.arange(SPTES_PER_TABLE, dtype=np.uint64) * np.uint64(pages_per_level(child_level) << PAGE_SHIFT)
+        children = offsets | huge_spte
+        if child_level == PG_LEVEL_4K:
+            children = children & (ALL_BITS ^ PT_PAGE_SIZE_MASK)
+            if nx_huge_pages:
+                children = self.make_spte_executable(children)
+        return children

@@ -1,0 +1,309 @@
+"""`Vm` and `Vcpu`: the front door. The ioctls by name, the guest's accesses, the host's calls, and ways to look inside."""
+
+from __future__ import annotations
+
+import errno
+from typing import Any
+
+import numpy as np
+
+from kvmbook.access_tracking import ChangePte, ClearFlushYoung, ClearYoung, InvalidateRange, TestYoung
+from kvmbook.faults import Outcome, access, complete
+from kvmbook.hardware import Hardware
+from kvmbook.host import USER_BASE, HostMemory
+from kvmbook.ioctls import ClearDirtyLog, GetDirtyLog, ResetDirtyRings, SetUserMemoryRegion, TrackGuestPageTable
+from kvmbook.kernel import Kernel
+from kvmbook.machine import Machine, VcpuState
+from kvmbook.memslots import (
+    DIRTY_GFN_SIZE,
+    KVM_MEM_LOG_DIRTY_PAGES,
+    KVM_MEM_READONLY,
+    PAGE_SIZE,
+    DirtyRing,
+    MemoryRegion,
+    MemorySlot,
+    refuse,
+)
+from kvmbook.page_tables import PageTables, Root
+from kvmbook.spte import PAGE_SHIFT, PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K
+from kvmbook.tlb import Tlb
+
+PAGE_LEVELS = {"4K": PG_LEVEL_4K, "2M": PG_LEVEL_2M, "1G": PG_LEVEL_1G}
+
+
+class Vcpu:
+    """One vCPU of a `Vm`: what its guest does, and what it remembers."""
+
+    def __init__(self, vm: Vm, state: VcpuState) -> None:
+        self._vm = vm
+        self.state = state
+
+    def read(self, gfn: int, l2: bool = False) -> Outcome:
+        """Read a page to the end, faults and all, and return how it went. ``l2``: the nested guest does it."""
+        return self.complete("read", gfn, l2)
+
+    def write(self, gfn: int, l2: bool = False) -> Outcome:
+        """Write a page to the end, faults and all, and return how it went. ``l2``: the nested guest does it."""
+        return self.complete("write", gfn, l2)
+
+    def fetch(self, gfn: int, l2: bool = False) -> Outcome:
+        """Fetch an instruction from a page. ``l2``: the nested guest does it."""
+        return self.complete("fetch", gfn, l2)
+
+    def complete(self, kind: str, gfn: int, l2: bool = False) -> Outcome:
+        """Do an access ("read", "write", "fetch") until it retires or leaves to user space."""
+        return complete(self._vm, self.state, kind, gfn, self._vm.root(l2))
+
+    def attempt(self, kind: str, gfn: int, l2: bool = False) -> Outcome:
+        """Try an access once: the hardware's atomic part. After a fault, ``self.fault`` is in flight for `Vm.step`."""
+        return access(self._vm, self.state, kind, gfn, self._vm.root(l2))
+
+    def evict(self, gfn: int) -> None:
+        """Let the TLB forget what it has on ``gfn``, as a CPU may do at any time."""
+        for root in (self._vm.l1_root, self._vm.l2_root):
+            if root is not None:
+                self.tlb.drop(root.name, gfn)
+        self._vm.record(self.state.name, "evict", gfn)
+
+    def exit(self) -> None:
+        """Leave the guest and come back, for whatever reason: drains the PML buffer, flushes nothing."""
+        if self.state.fault is None:
+            self._vm.record(self.state.name, "exit")
+            self._vm.vcpu_exit(self.state)
+
+    @property
+    def tlb(self) -> Tlb:
+        return self.state.tlb
+
+    @property
+    def fault(self) -> Any:
+        """The `kvmbook.faults.PageFault` in flight, or None."""
+        return self.state.fault
+
+    @property
+    def dirty_ring(self) -> DirtyRing | None:
+        return self.state.dirty_ring
+
+    @property
+    def pml(self) -> list[int]:
+        """The gfns in the page-modification log, oldest first."""
+        return self.state.pml
+
+
+class Vm(Machine):
+    """A virtual machine on ``hardware`` under the rules of ``kernel``.
+
+    ``page_size``: the host's, "4K", "2M" or "1G". ``eager_page_split`` and ``nx_huge_pages`` are KVM's module parameters.
+    ``nested``: None, "ept" (L1 runs a nested guest with EPT; its pages are shadowed), or "ept without A/D" (L1 left the
+    A/D bits off), or "tdp" (L1 uses no EPT: the nested guest runs on the TDP MMU).
+
+    The vCPUs are created when ``vcpu`` is first touched: a dirty ring must be enabled before.
+    """
+
+    def __init__(
+        self,
+        hardware: Hardware,
+        kernel: Kernel,
+        vcpus: int = 1,
+        *,
+        page_size: str = "4K",
+        eager_page_split: bool = True,
+        nx_huge_pages: bool = False,
+        nested: str | None = None,
+    ) -> None:
+        if vcpus < 1:
+            raise ValueError(f"a VM needs at least one vCPU; got {vcpus}")
+        if page_size not in PAGE_LEVELS:
+            raise ValueError(f"page_size is one of {', '.join(PAGE_LEVELS)}; got {page_size!r}")
+        fmt = kernel.spte_format(hardware.format)
+        l1 = Root(
+            "L1", ad_disabled=hardware.tdp and not fmt.kvm_ad_enabled, direct=hardware.tdp, tdp_mmu=hardware.tdp_mmu
+        )
+        super().__init__(
+            hardware=hardware,
+            kernel=kernel,
+            fmt=fmt,
+            l1_root=l1,
+            l2_root=_nested_root(nested, hardware),
+            page_tables=PageTables(fmt),
+            host=HostMemory(PAGE_LEVELS[page_size]),
+            eager_page_split=eager_page_split,
+            nx_huge_pages=nx_huge_pages,
+        )
+        self.vcpus_to_create = vcpus
+
+    def __repr__(self) -> str:
+        return f"Vm({self.hardware.name}, {self.kernel.name}, vcpus={self.vcpus_to_create})"
+
+    @property
+    def vcpu(self) -> list[Vcpu]:
+        """The vCPUs; created at the first touch (KVM_CREATE_VCPU)."""
+        if not self.vcpus:
+            for number in range(self.vcpus_to_create):
+                size, log_size = self.dirty_ring_size // DIRTY_GFN_SIZE, self.hardware.cpu_dirty_log_size
+                self.vcpus.append(VcpuState(number, dirty_ring=DirtyRing(size, log_size) if size else None))
+        return [Vcpu(self, state) for state in self.vcpus]
+
+    def root(self, l2: bool = False) -> Root:
+        """The tree that L1's, or with ``l2`` the nested guest's, accesses go through."""
+        if l2 and self.l2_root is None:
+            raise ValueError("this VM runs no nested guest: build it with nested='ept'")
+        return self.l2_root if l2 and self.l2_root is not None else self.l1_root
+
+    # ---- guest memory -----------------------------------------------------------------------------------------------
+
+    def set_user_memory_region(
+        self,
+        slot: int = 0,
+        base_gfn: int = 0,
+        npages: int = 0,
+        *,
+        log_dirty_pages: bool = False,
+        readonly: bool = False,
+        userspace_addr: int | None = None,
+    ) -> None:
+        """Create, move or delete (``npages=0``) a slot, or change its flags: `kvm_set_user_memory_region`, in pages.
+
+        ``userspace_addr`` (bytes) defaults to where the slot lies already, or to a place of its own.
+        """
+        if userspace_addr is None:
+            old = self.memslots.id_to_memslot(slot >> 16, slot & 0xFFFF)
+            userspace_addr = old.userspace_addr if old is not None else USER_BASE + base_gfn * PAGE_SIZE
+        flags = KVM_MEM_LOG_DIRTY_PAGES * log_dirty_pages | KVM_MEM_READONLY * readonly
+        self.kvm_set_user_memory_region(slot, flags, base_gfn << PAGE_SHIFT, npages << PAGE_SHIFT, userspace_addr)
+
+    def kvm_set_user_memory_region(
+        self, slot: int, flags: int, guest_phys_addr: int, memory_size: int, userspace_addr: int
+    ) -> None:
+        """KVM_SET_USER_MEMORY_REGION, in bytes. OSError EINVAL, EEXIST or ENOMEM."""
+        self.run(SetUserMemoryRegion(MemoryRegion(slot, flags, guest_phys_addr, memory_size, userspace_addr)))
+
+    # ---- the dirty log ----------------------------------------------------------------------------------------------
+
+    def get_dirty_log(self, slot: int = 0) -> np.ndarray:
+        """KVM_GET_DIRTY_LOG. Returns a bool array, one per page of the slot. OSError ENXIO, EINVAL or ENOENT."""
+        report: np.ndarray = self.run(GetDirtyLog(slot))
+        return report
+
+    def clear_dirty_log(self, slot: int, first_page: int, num_pages: int, bitmap: np.ndarray) -> None:
+        """KVM_CLEAR_DIRTY_LOG of the pages that are set in ``bitmap``, a bool array of shape (num_pages,).
+        OSError ENXIO, EINVAL, ENOENT or EFAULT."""
+        self.run(ClearDirtyLog(slot, first_page, num_pages, bitmap))
+
+    def enable_manual_dirty_log_protect(self, initially_set: bool = False) -> None:
+        """KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: GET only reports, CLEAR re-arms; ``initially_set``: enabling sets all bits and
+        protects nothing."""
+        self.enable_cap_manual_dirty_log_protect2(1 | 2 * initially_set)
+
+    def enable_cap_manual_dirty_log_protect2(self, args: int) -> None:
+        """The capability's raw argument. OSError EINVAL for unknown bits, and for bit 1 without bit 0.
+        Source: kvm_vm_ioctl_enable_cap_generic(), v5.19."""
+        if args & ~0b11 or args == 0b10:
+            raise refuse(
+                errno.EINVAL, f"argument {args:#x}: bit 0 is manual protect, bit 1 (initially set) needs bit 0"
+            )
+        self.manual_protect, self.initially_set = bool(args & 1), bool(args & 2)
+
+    def enable_dirty_ring(self, size_bytes: int) -> None:
+        """KVM_CAP_DIRTY_LOG_RING: log to one ring per vCPU instead of bitmaps. OSError EINVAL or E2BIG."""
+        DirtyRing.check_size(size_bytes, self.hardware.cpu_dirty_log_size)
+        if self.dirty_ring_size:
+            raise refuse(errno.EINVAL, f"the rings have {self.dirty_ring_size} bytes already; their size is set once")
+        if self.vcpus:
+            raise refuse(errno.EINVAL, f"{len(self.vcpus)} vCPUs exist already; rings come before vCPUs")
+        self.dirty_ring_size = size_bytes
+
+    def reset_dirty_rings(self) -> int:
+        """KVM_RESET_DIRTY_RINGS. Returns how many harvested entries were freed. OSError EINVAL without rings."""
+        count: int = self.run(ResetDirtyRings())
+        return count
+
+    def missed_dirty(self, slot: int = 0) -> np.ndarray:
+        """The gfns (ascending, int array) that were written since their last report, or since logging was enabled, and
+        that no report will bring: not in the bitmap, a ring, a PML buffer, nor in the hands of an operation under way.
+        KVM has no such call: this is what the model is for."""
+        found = self.memslots.id_to_memslot(slot >> 16, slot & 0xFFFF)
+        if found is None:
+            raise refuse(errno.ENOENT, f"there is no slot {slot & 0xFFFF}")
+        missed = [gfn for gfn in sorted(self.written) if gfn in found and not self.knows_of_write(found, gfn)]
+        return np.array(missed, dtype=np.int64)
+
+    # ---- what the host does -----------------------------------------------------------------------------------------
+
+    def clear_young(self, start: int, end: int) -> bool:
+        """Age the gfns of [start, end) without a flush. Returns whether any was young."""
+        return bool(self.run(ClearYoung(start, end)))
+
+    def clear_flush_young(self, start: int, end: int) -> bool:
+        """Age the gfns of [start, end), and flush if any was young (until v6.12)."""
+        return bool(self.run(ClearFlushYoung(start, end)))
+
+    def test_young(self, start: int, end: int) -> bool:
+        """Whether any gfn of [start, end) is young; changes nothing."""
+        return bool(self.run(TestYoung(start, end)))
+
+    def invalidate_range(self, start: int, end: int) -> None:
+        """The host takes the pages of [start, end) away: zap, flush."""
+        self.run(InvalidateRange(start, end))
+
+    def change_pte(self, gfn: int, writable: bool = False) -> None:
+        """The host puts another frame behind one 4K page, mapped read-only unless ``writable``."""
+        self.run(ChangePte(gfn, gfn + 1, self._slot_of(gfn), writable))
+
+    def write_protect_host_page(self, gfn: int) -> None:
+        """Let the host map the page read-only until it is written, as a fresh page may be. For pages not yet mapped."""
+        self.host.protect(self._slot_of(gfn).hva(gfn))
+
+    def track_guest_page_table(self, gfn: int) -> None:
+        """KVM starts to shadow the guest page table at ``gfn``: guest writes to it are emulated from now on."""
+        self.run(TrackGuestPageTable(gfn))
+
+    def untrack_guest_page_table(self, gfn: int) -> None:
+        """KVM no longer shadows that page table. Its SPTE comes back with the next write fault."""
+        self.write_tracked.discard(gfn)
+
+    def kvm_write_guest(self, gfn: int, vcpu: int = 0) -> None:
+        """KVM itself writes guest memory, on behalf of a vCPU, and marks the page dirty. Source: kvm_vcpu_write_guest()."""
+        slot, state = self._slot_of(gfn), self.vcpu[vcpu].state
+        self.mark_page_dirty_in_slot(slot, gfn, state)
+        self.note_write(gfn)
+        self.record("KVM", "kvm_write_guest", gfn)
+
+    def _slot_of(self, gfn: int) -> MemorySlot:
+        slot = self.memslots.gfn_to_memslot(gfn)
+        if slot is None:
+            raise ValueError(f"gfn {gfn:#x} is in no slot")
+        return slot
+
+    # ---- looking inside ---------------------------------------------------------------------------------------------
+
+    def spte(self, gfn: int, l2: bool = False) -> int:
+        """The last SPTE that a walk for ``gfn`` reads; 0 if nothing is mapped."""
+        found = self.page_tables.walk(self.root(l2), gfn)
+        return found.spte if found is not None else 0
+
+    def level(self, gfn: int, l2: bool = False) -> int:
+        """The level of the leaf that maps ``gfn`` (1 = 4K, 2 = 2M, 3 = 1G); 0 if nothing does."""
+        found = self.page_tables.walk(self.root(l2), gfn)
+        return found.level if found is not None and self.fmt.is_shadow_present_pte(found.spte) else 0
+
+    def dirty_bitmap(self, slot: int = 0) -> np.ndarray:
+        """The live bitmap as a bool array, one per page; reading it changes nothing. OSError ENOENT without one."""
+        found = self.memslots.id_to_memslot(slot >> 16, slot & 0xFFFF)
+        if found is None or found.dirty_bitmap is None:
+            raise refuse(errno.ENOENT, f"slot {slot & 0xFFFF} has no dirty bitmap")
+        return np.array([found.test_bit(gfn) for gfn in range(found.base_gfn, found.end_gfn)], bool)
+
+
+def _nested_root(nested: str | None, hardware: Hardware) -> Root | None:
+    """The nested guest's tree. Source: kvm_calc_shadow_ept_root_page_role(), kvm_init_mmu(), v5.19."""
+    if nested is None:
+        return None
+    if nested not in ("ept", "ept without A/D", "tdp"):
+        raise ValueError(f"nested is None, 'ept', 'ept without A/D' or 'tdp'; got {nested!r}")
+    if not hardware.tdp:
+        raise ValueError("a nested guest needs two-dimensional paging")
+    no_ad = not hardware.format.kvm_ad_enabled
+    if nested == "tdp":
+        return Root("L2", ad_disabled=no_ad, guest_mode=True, direct=True, tdp_mmu=hardware.tdp_mmu)
+    return Root("L2", ad_disabled=no_ad or nested == "ept without A/D", guest_mode=True, direct=False, tdp_mmu=False)
