@@ -1,0 +1,97 @@
+"""What must hold in a VM, stated once. The property tests assert all of it after every step.
+
+`check` names the first broken promise. The last three concern the log, and only for slots whose log user space relies on;
+they are what the seed bug breaks. While an operation is in flight, only what no kernel may break for a moment is asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from kvmbook.machine import Machine
+from kvmbook.memslots import MemorySlot
+from kvmbook.spte import EPT_RWX_MASK, PG_LEVEL_4K, SHADOW_ACC_TRACK_SAVED_MASK, pages_per_level
+
+
+def writable_chain(m: Machine) -> None:
+    """W needs MMU-writable, and MMU-writable needs host-writable."""
+    for _, _, _, spte in m.page_tables.leaves():
+        m.fmt.check_spte_writable_invariants(spte)
+
+
+def saved_bits(m: Machine) -> None:
+    """Saved R and X bits are found only in a type-1 SPTE with R = W = X = 0."""
+    for _, gfn, _, spte in m.page_tables.leaves():
+        if m.fmt.shadow_acc_track_mask and spte & SHADOW_ACC_TRACK_SAVED_MASK:
+            assert not m.fmt.spte_ad_enabled(spte), f"gfn {gfn:#x}: saved R/X bits in an SPTE that has A/D bits"
+            assert not spte & EPT_RWX_MASK, f"gfn {gfn:#x}: saved R/X bits in an accessible SPTE"
+
+
+def key_invariant(m: Machine) -> None:
+    """If some TLB lets a CPU write a gfn, the gfn's SPTE is MMU-writable, or its zapper has yet to flush."""
+    for vcpu in m.vcpus:
+        for root, gfn, entry in vcpu.tlb.writable():
+            pages = pages_per_level(entry.level)
+            found = [leaf for leaf in m.page_tables.leaves() if leaf[0].name == root]
+            over = [(g, level, s) for _, g, level, s in found if g < gfn + pages and gfn < g + pages_per_level(level)]
+            for g, _, spte in over:
+                in_flight = any(op.lock == "write" or op.needs_slots_lock for op in m.in_flight)
+                assert m.fmt.is_mmu_writable_spte(spte) or in_flight, (
+                    f"{vcpu.name} may write gfn {g:#x}, but its SPTE {spte:#018x} is not MMU-writable"
+                )
+            mapped = sum(min(pages, pages_per_level(level)) for _, level, _ in over)
+            assert mapped == pages or m.in_flight, f"{vcpu.name} may write gfn {gfn:#x}, but it was zapped: no flush"
+
+
+def no_write_is_lost(m: Machine) -> None:
+    """Every page written since its last report is in a bitmap, a ring or a PML buffer."""
+    for slot in logged_slots(m):
+        for gfn in sorted(m.written):
+            if gfn in slot:
+                assert m.knows_of_write(slot, gfn), f"gfn {gfn:#x} was written, and no report will ever say so"
+
+
+def writable_means_marked(m: Machine) -> None:
+    """In a slot that logs, a leaf that lets the guest write without a trace is marked: W=1 where W tells, D=1 where D does.
+    No leaf above 4K is writable, unless enabling left all pages marked instead (INITIALLY_SET)."""
+    for slot in logged_slots(m):
+        for _, gfn, level, spte in m.page_tables.leaves():
+            if gfn in slot and m.fmt.is_writable_pte(spte) and not (m.initially_set and level > PG_LEVEL_4K):
+                assert level == PG_LEVEL_4K, f"gfn {gfn:#x} is mapped writable by a huge page although its slot logs"
+                by_d = m.hardware.cpu_dirty_log_size and not m.fmt.spte_ad_need_write_protect(spte)
+                if not by_d or spte & m.fmt.shadow_dirty_mask:
+                    assert m.knows_of_write(slot, gfn), f"gfn {gfn:#x}: SPTE {spte:#018x} allows writes, not marked"
+
+
+def no_tlb_writes_unseen(m: Machine) -> None:
+    """In a slot that logs, no TLB entry lets a CPU write a page that is not marked."""
+    for slot in logged_slots(m):
+        for vcpu in m.vcpus:
+            for _, gfn, entry in vcpu.tlb.writable():
+                for page in range(max(gfn, slot.base_gfn), min(gfn + pages_per_level(entry.level), slot.end_gfn)):
+                    assert not entry.dirty or m.knows_of_write(slot, page), (
+                        f"{vcpu.name}'s TLB lets it write gfn {page:#x}, and no report will say so"
+                    )
+
+
+def logged_slots(m: Machine) -> list[MemorySlot]:
+    """The slots whose log user space relies on; none while a memslot or log operation is under way."""
+    if any(op.needs_slots_lock for op in m.in_flight):
+        return []
+    return [m.memslots.slots[key] for key in sorted(m.watched)]
+
+
+INVARIANTS: tuple[Callable[[Machine], None], ...] = (
+    writable_chain,
+    saved_bits,
+    key_invariant,
+    writable_means_marked,
+    no_tlb_writes_unseen,
+    no_write_is_lost,
+)
+
+
+def check(m: Machine) -> None:
+    """Raise AssertionError if an invariant does not hold; the message says which, where and why."""
+    for invariant in INVARIANTS:
+        invariant(m)
