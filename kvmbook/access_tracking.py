@@ -34,7 +34,8 @@ def kvm_test_age_gfn(m: Machine, start: int, end: int) -> bool:
 
 
 def kvm_unmap_gfn_range(m: Machine, start: int, end: int) -> bool:
-    """Zap the leaves over [start, end). Returns whether there were any. Source: kvm_unmap_gfn_range(), kvm_tdp_mmu_zap_leafs()."""
+    """Zap the leaves over [start, end). Returns whether there were any.
+    Source: kvm_unmap_gfn_range(), kvm_tdp_mmu_zap_leafs(), v5.19."""
 
     def zap(spte: Spte) -> Changed:
         return Changed(spte & 0, True)

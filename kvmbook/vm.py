@@ -94,8 +94,8 @@ class Vm(Machine):
     """A virtual machine on ``hardware`` under the rules of ``kernel``.
 
     ``page_size``: the host's, "4K", "2M" or "1G". ``eager_page_split`` and ``nx_huge_pages`` are KVM's module parameters.
-    ``nested``: None, "ept" (L1 runs a nested guest with EPT; its pages are shadowed), or "ept without A/D" (L1 left the
-    A/D bits off), or "tdp" (L1 uses no EPT: the nested guest runs on the TDP MMU).
+    ``nested``: None, "ept" or "npt" (L1 runs a nested guest with its own EPT or NPT, which KVM shadows), "ept without A/D"
+    (L1 left the A/D bits off), or "tdp" (L1 uses neither: the nested guest runs on the TDP MMU).
 
     The vCPUs are created when ``vcpu`` is first touched: a dirty ring must be enabled before.
     """
@@ -147,7 +147,7 @@ class Vm(Machine):
     def root(self, l2: bool = False) -> Root:
         """The tree that L1's, or with ``l2`` the nested guest's, accesses go through."""
         if l2 and self.l2_root is None:
-            raise ValueError("this VM runs no nested guest: build it with nested='ept'")
+            raise ValueError("this VM runs no nested guest: build it with nested=...")
         return self.l2_root if l2 and self.l2_root is not None else self.l1_root
 
     # ---- guest memory -----------------------------------------------------------------------------------------------
@@ -299,10 +299,10 @@ def _nested_root(nested: str | None, hardware: Hardware) -> Root | None:
     """The nested guest's tree. Source: kvm_calc_shadow_ept_root_page_role(), kvm_init_mmu(), v5.19."""
     if nested is None:
         return None
-    if nested not in ("ept", "ept without A/D", "tdp"):
-        raise ValueError(f"nested is None, 'ept', 'ept without A/D' or 'tdp'; got {nested!r}")
-    if not hardware.tdp:
-        raise ValueError("a nested guest needs two-dimensional paging")
+    shadowed = ("ept", "ept without A/D") if hardware.format.shadow_acc_track_mask else ("npt",)
+    if not hardware.tdp or nested not in (*shadowed, "tdp"):
+        can = f"None, {', '.join(shadowed)} or tdp" if hardware.tdp else "None: a nested guest needs EPT or NPT below"
+        raise ValueError(f"nested on {hardware.name} is {can}; got {nested!r}")
     no_ad = not hardware.format.kvm_ad_enabled
     if nested == "tdp":
         return Root("L2", ad_disabled=no_ad, guest_mode=True, direct=True, tdp_mmu=hardware.tdp_mmu)
