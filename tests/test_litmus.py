@@ -552,6 +552,19 @@ def test_trap_23_a_pass_visits_the_rmap_side_and_the_tdp_side():
     assert reported(vm) == [BASE]
 
 
+@pytest.mark.parametrize("name", ["ept_no_ad", "ept_no_ad_legacy"])
+def test_zapping_a_larger_page_leaves_no_stale_huge_entry(name):
+    """Its 511 neighbours are unmapped then: a TLB that still maps them would write behind KVM's back."""
+    vm = make_vm(HARDWARE[name], Kernel.v6_0, npages=512, page_size="2M")
+    vm.enable_manual_dirty_log_protect(initially_set=True)
+    vm.vcpu[0].read(BASE)
+    log(vm)
+    vm.clear_young(BASE, BASE + 1)
+    assert vm.vcpu[1].write(BASE) is Outcome.SLOW_FAULT
+    assert vm.level(BASE) == 1
+    check(vm)
+
+
 def test_huge_pages_come_back_when_logging_goes_off():
     for name in ("ept_no_ad", "ept_no_ad_legacy", "npt"):
         vm = make_vm(HARDWARE[name], npages=1024, page_size="2M")

@@ -1,0 +1,149 @@
+"""Panels: a pure function of a few settings, and a view that shows its result at a click.
+
+A `Panel` carries the result of each combination of its settings, so it works with a kernel (JupyterLab) and without one
+(the built pages, the slides). A panel of the book is one function that returns a `View`, and the lists of its options.
+"""
+
+from __future__ import annotations
+
+import itertools
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import anywidget
+import traitlets
+
+from kvmbook.figures import Picture, plans_picture, scene_picture
+from kvmbook.kernel import FlushPolicy
+from kvmbook.scenes import CHANGES, HARDWARE, TOUCHES, enabling_plan, write_after_enabling
+
+HERE = pathlib.Path(__file__).parent
+POLICIES = {policy.value: policy for policy in FlushPolicy}
+
+
+class View(NamedTuple):
+    """What a panel shows for one combination: a picture and a sentence."""
+
+    picture: Picture
+    readout: str
+
+
+class Panel(anywidget.AnyWidget):
+    """Radio groups over a picture and a sentence.
+
+    ``settings`` maps each setting's name to its options, the first chosen; ``show`` takes one option of each, in that
+    order, and returns a `View`. ``carry=False`` leaves combinations to be computed when they are chosen, which needs a
+    kernel. Raises ValueError for a setting without options, or if an option contains " | ".
+    """
+
+    _esm = HERE / "panel.js"
+    _css = HERE / "panel.css"
+    title = traitlets.Unicode().tag(sync=True)
+    settings: Any = traitlets.List().tag(sync=True)
+    chosen = traitlets.Dict().tag(sync=True)
+    states = traitlets.Dict().tag(sync=True)
+
+    def __init__(
+        self, title: str, settings: Mapping[str, Sequence[str]], show: Callable[..., View], carry: bool = True
+    ) -> None:
+        if not all(settings.values()) or any(" | " in option for options in settings.values() for option in options):
+            raise ValueError(f"each setting of a panel needs options, none with ' | ' in it; got {dict(settings)}")
+        self._show = show
+        self._options = {name: list(options) for name, options in settings.items()}
+        super().__init__(
+            title=title,
+            settings=[{"name": name, "options": options} for name, options in self._options.items()],
+            chosen={name: options[0] for name, options in self._options.items()},
+            states={" | ".join(c): self._state(c) for c in self.combinations()} if carry else {},
+        )
+        self._compute_missing()
+        self.observe(self._compute_missing, names="chosen")
+
+    def combinations(self) -> list[tuple[str, ...]]:
+        """Every combination of options."""
+        return list(itertools.product(*self._options.values()))
+
+    def choose(self, **chosen: str) -> str:
+        """Set options by name (spaces as underscores) and return the sentence. KeyError or ValueError for unknown ones."""
+        named = {name.replace(" ", "_").replace("/", "_"): name for name in self._options}
+        wanted = {named[key]: option for key, option in chosen.items()}
+        for name, option in wanted.items():
+            if option not in self._options[name]:
+                raise ValueError(f"{name} is one of {', '.join(self._options[name])}; got {option!r}")
+        self.chosen = {**self.chosen, **wanted}
+        return self.readout
+
+    @property
+    def readout(self) -> str:
+        """The sentence for what is chosen."""
+        sentence: str = self.states[self._key]["readout"]
+        return sentence
+
+    @property
+    def _key(self) -> str:
+        return " | ".join(self.chosen[name] for name in self._options)
+
+    def _state(self, combination: Sequence[str]) -> dict[str, str]:
+        view = self._show(*combination)
+        return {"svg": view.picture.svg, "readout": view.readout}
+
+    def _compute_missing(self, change: Any = None) -> None:
+        if self._key not in self.states:
+            self.states = {**self.states, self._key: self._state([self.chosen[name] for name in self._options])}
+
+    def __repr__(self) -> str:
+        return (
+            f"{self.title} [{', '.join(f'{name}: {option}' for name, option in self.chosen.items())}]\n{self.readout}"
+        )
+
+
+def counted(flushes: int) -> str:
+    """A number of flushes in words."""
+    return f"{('no', 'one', 'two')[flushes]} flush{'es' * (flushes != 1)}"
+
+
+# ---- the panels of the book ------------------------------------------------------------------------------------------
+
+
+def lose_a_write() -> Panel:
+    """Chapter 01: the seed's scene, with the reader's hand on the hardware, the flush policy and a second vCPU."""
+
+    def show(ad_bits: str, flush: str, touched: str) -> View:
+        scenes = {name: write_after_enabling(ad_bits, policy, touched) for name, policy in POLICIES.items()}
+        scene = scenes[flush]
+        picture = scene_picture(scene, {name: other.missed for name, other in scenes.items()}, flush)
+        if scene.missed:
+            return View(
+                picture, f"{scene.missed} of {len(scene.pages)} writes are missed: no report will ever name them."
+            )
+        said = f"All {len(scene.pages)} writes are reported, after {counted(scene.flushes)} while enabling."
+        return View(picture, said)
+
+    settings = {
+        "A/D bits": list(HARDWARE),
+        "flush when enabling": ["if changed", "never", "if MMU-writable", "always"],
+        "touched again before enabling": list(TOUCHES),
+    }
+    return Panel("Lose a write", settings, show)
+
+
+def who_flushes_where() -> Panel:
+    """Chapter 08: the path through kvm_mmu_slot_apply_flags(), before the patch and after it."""
+
+    def show(ad_bits: str, change: str, initially_set: str) -> View:
+        plans = [
+            enabling_plan(ad_bits, policy, change, initially_set == "on")
+            for policy in (FlushPolicy.IF_CHANGED, FlushPolicy.ALWAYS)
+        ]
+        before, after = ([step for step in plan if step.startswith("flush")] for plan in plans)
+        if any(step.startswith("zap") for step in plans[0]):
+            readout = "Only what is cut off is flushed, before the patch and after it."
+        elif not after:
+            readout = "No SPTE is visited and no TLB flushed, before the patch or after it."
+        else:
+            readout = f"Before: at most {counted(len(before))}, if a pass asked. After: always {counted(len(after))}."
+        return View(plans_picture(*plans), readout)
+
+    settings = {"A/D bits": list(HARDWARE), "logging": list(CHANGES), "INITIALLY_SET": ["off", "on"]}
+    return Panel("Who flushes where", settings, show)

@@ -1,0 +1,171 @@
+"""The runs that the chapters tell: pure functions from a few settings to a result, which figures and panels draw."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvmbook.hardware import Hardware
+from kvmbook.ioctls import kvm_mmu_slot_apply_flags
+from kvmbook.kernel import FlushPolicy, FlushRule, Kernel
+from kvmbook.memslots import KVM_MEM_LOG_DIRTY_PAGES, Change, MemorySlot
+from kvmbook.spte import SpteFormat
+from kvmbook.tlb import TlbEntry
+from kvmbook.vm import Vm
+
+BASE_GFN = 0x200
+HARDWARE = {
+    "off": Hardware.ept(ad_bits=False),
+    "on": Hardware.ept(ad_bits=True),
+    "on, with PML": Hardware.ept(ad_bits=True, pml=True),
+}
+TOUCHES = {"nobody": None, "vCPU 1 reads page 0": "read", "vCPU 1 writes page 0": "write"}
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One column of a page's timeline: who did what, and how SPTE and TLB of the page look after it.
+
+    ``spte`` and ``tlb`` are states in words (see `spte_state`), with the rights beside them; ``stale``: the TLB allows more
+    than the SPTE; ``flushed``: a TLB flush was part of it.
+    """
+
+    actor: str
+    action: str
+    spte: str
+    spte_rights: str
+    tlb: str
+    tlb_rights: str
+    stale: bool
+    flushed: bool
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A whole run: ``moments`` of page 0, and for each page what became of its write: "reported" or "missed"."""
+
+    moments: tuple[Moment, ...]
+    pages: tuple[str, ...]
+    flushes: int
+
+    @property
+    def missed(self) -> int:
+        """How many pages were written and not reported."""
+        return self.pages.count("missed")
+
+
+def spte_state(fmt: SpteFormat, spte: int) -> str:
+    """One present leaf in words: writable, clean (writable, D=0), write-protected, access-tracked, or read-only."""
+    if not fmt.is_shadow_present_pte(spte):
+        return "not mapped"
+    if fmt.is_access_track_spte(spte):
+        return "access-tracked"
+    if not fmt.is_writable_pte(spte):
+        return "write-protected" if fmt.is_mmu_writable_spte(spte) else "read-only"
+    return "writable" if fmt.is_dirty_spte(spte) else "clean"
+
+
+def tlb_state(entry: TlbEntry | None) -> str:
+    """One TLB entry in the same words, or "empty"."""
+    if entry is None:
+        return "empty"
+    if not entry.write:
+        return "write-protected"
+    return "writable" if entry.dirty else "clean"
+
+
+def _moment(vm: Vm, actor: str, action: str, flushes_before: int) -> Moment:
+    spte, entry = vm.spte(BASE_GFN), vm.vcpu[0].tlb.lookup("L1", BASE_GFN)
+    says, remembers = spte_state(vm.fmt, spte), tlb_state(entry)
+    rights = "".join(c if on else "-" for c, on in zip("RWX", vm.fmt.hardware_rights(spte), strict=True))
+    return Moment(
+        actor=actor,
+        action=action,
+        spte=says,
+        spte_rights=rights + (" MW" if vm.fmt.is_mmu_writable_spte(spte) else ""),
+        tlb=remembers,
+        tlb_rights="" if entry is None else str(entry)[:3],
+        stale=remembers == "writable" and says != "writable",
+        flushed=vm.counters.flushes > flushes_before,
+    )
+
+
+def write_after_enabling(
+    ad_bits: str = "off", flush: FlushRule = FlushPolicy.IF_CHANGED, touched: str = "nobody", pages: int = 16
+) -> Scene:
+    """The seed's scene: vCPU 0 reads all pages, the host ages them, perhaps vCPU 1 touches page 0, user space enables
+    dirty logging, vCPU 0 writes all pages, user space harvests.
+
+    ``ad_bits`` is a key of `HARDWARE`, ``touched`` a key of `TOUCHES`. Raises KeyError for others.
+    """
+    vm = Vm(HARDWARE[ad_bits], Kernel.v5_19.with_(flush=flush), vcpus=2)
+    gfns = range(BASE_GFN, BASE_GFN + pages)
+    vm.set_user_memory_region(slot=0, base_gfn=BASE_GFN, npages=pages)
+    moments = []
+
+    def then(actor: str, action: str, flushes_before: int) -> None:
+        moments.append(_moment(vm, actor, action, flushes_before))
+
+    for gfn in gfns:
+        vm.vcpu[0].read(gfn)
+    then("vCPU 0", "reads", 0)
+    vm.clear_young(gfns.start, gfns.stop)
+    then("host", "ages", 0)
+    if kind := TOUCHES[touched]:
+        vm.vcpu[1].complete(kind, BASE_GFN)
+        then("vCPU 1", f"{kind}s page 0", 0)
+    vm.set_user_memory_region(slot=0, base_gfn=BASE_GFN, npages=pages, log_dirty_pages=True)
+    then("user space", "enables logging", 0)
+    flushes = vm.counters.flushes
+    for gfn in gfns:
+        vm.vcpu[0].write(gfn)
+    then("vCPU 0", "writes", flushes)
+    report = vm.get_dirty_log(0)
+    then("user space", "harvests", flushes)
+    missed = set(vm.missed_dirty(0).tolist())
+    fates = ["missed" if gfn in missed else "reported" if report[gfn - BASE_GFN] else "untouched" for gfn in gfns]
+    return Scene(tuple(moments), tuple(fates), flushes)
+
+
+def missed_against_aged(flush: FlushRule, aged: int, pages: int = 64, ad_bits: str = "off") -> int:
+    """How many writes are missed if the guest has written ``pages`` pages, the host ages the first ``aged`` of them,
+    logging is enabled, and the guest writes them all again."""
+    vm = Vm(HARDWARE[ad_bits], Kernel.v5_19.with_(flush=flush))
+    gfns = range(BASE_GFN, BASE_GFN + pages)
+    vm.set_user_memory_region(slot=0, base_gfn=BASE_GFN, npages=pages)
+    for gfn in gfns:
+        vm.vcpu[0].write(gfn)
+    if aged:
+        vm.clear_young(BASE_GFN, BASE_GFN + aged)
+    vm.set_user_memory_region(slot=0, base_gfn=BASE_GFN, npages=pages, log_dirty_pages=True)
+    for gfn in gfns:
+        vm.vcpu[0].write(gfn)
+    vm.get_dirty_log(0)
+    return len(vm.missed_dirty(0))
+
+
+CHANGES = {
+    "off to on": (Change.FLAGS_ONLY, 0, 1),
+    "on to off": (Change.FLAGS_ONLY, 1, 0),
+    "create, on": (Change.CREATE, None, 1),
+}
+
+
+def enabling_plan(
+    ad_bits: str = "off",
+    flush: FlushRule = FlushPolicy.IF_CHANGED,
+    change: str = "off to on",
+    initially_set: bool = False,
+) -> list[str]:
+    """What kvm_mmu_slot_apply_flags() is going to do after a memslot change: the names of its steps, in order.
+
+    ``change`` is a key of `CHANGES`: how LOG_DIRTY_PAGES changes. Asked of the model, not written down.
+    """
+    vm = Vm(HARDWARE[ad_bits], Kernel.v5_19.with_(flush=flush))
+    vm.initially_set = initially_set
+    kind, before, after = CHANGES[change]
+    slot = MemorySlot(0, 0, BASE_GFN, 64, 0)
+    old = None if before is None else MemorySlot(0, 0, BASE_GFN, 64, 0, before * KVM_MEM_LOG_DIRTY_PAGES)
+    new = MemorySlot(
+        slot.as_id, slot.id, slot.base_gfn, slot.npages, slot.userspace_addr, after * KVM_MEM_LOG_DIRTY_PAGES
+    )
+    return kvm_mmu_slot_apply_flags(vm, kind, old, new)
