@@ -5,7 +5,9 @@ FIRST := notebooks/01-a-write-that-nobody-saw.ipynb
 
 .PHONY: lab test run benchmark clean
 
+# Trusted notebooks show their panels at once; others only after they are run.
 lab: .venv/installed
+	$(BIN)/jupyter trust notebooks/*.ipynb
 	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) $(FIRST)
 
 test: .venv/installed

@@ -37,6 +37,9 @@ class Outcome(Enum):
     RING_FULL = "dirty ring full"
     MMIO = "MMIO"
 
+    def __str__(self) -> str:
+        return self.value
+
 
 def access(m: Machine, vcpu: VcpuState, kind: str, gfn: int, root: Root) -> Outcome:
     """Let the vCPU try one ``kind`` of access ("read", "write", "fetch") to ``gfn`` through ``root``'s tables.

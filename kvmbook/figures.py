@@ -15,30 +15,30 @@ from kvmbook.scenes import Moment, Scene
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# state: (fill, mark). Colours after Okabe and Ito, which all kinds of eyes tell apart.
+# state: (fill, mark of a page). Colours after Okabe and Ito, which all kinds of eyes tell apart; a state in a timeline
+# is also named in words.
 LOOK = {
-    "writable": ("#56b4e9", "W"),
-    "clean": ("#a8d8f0", "w"),
-    "write-protected": ("#e69f00", "="),
-    "access-tracked": ("#cc79a7", "?"),
-    "read-only": ("#bdbdbd", "r"),
+    "writable": ("#56b4e9", ""),
+    "clean": ("#a8d8f0", ""),
+    "write-protected": ("#e69f00", ""),
+    "access-tracked": ("#cc79a7", ""),
+    "read-only": ("#bdbdbd", ""),
     "not mapped": ("none", ""),
     "empty": ("none", ""),
-    "reported": ("#009e73", "✓"),
-    "missed": ("#d55e00", "✕"),
+    "reported": ("#4dbb9a", "✓"),
+    "missed": ("#e8772e", "✕"),
     "untouched": ("none", "·"),
 }
 INK = "#1a1a1a"  # on coloured cells
-LOST = LOOK["missed"][0]
+LOST = "#d55e00"
+FONT = 'font-family="system-ui, sans-serif" font-size="14" text-anchor="middle" fill="currentColor"'
 
 
-def text(
-    x: float, y: float, said: str, *, size: int = 14, anchor: str = "middle", weight: str = "normal", fill: str = ""
-) -> str:
-    """One line of SVG text; without ``fill`` in the page's own text colour."""
-    colour = fill or "currentColor"
-    style = f'font-size="{size}" text-anchor="{anchor}" font-weight="{weight}" fill="{colour}"'
-    return f'<text x="{x:g}" y="{y:g}" {style}>{escape(said)}</text>'
+def text(x: float, y: float, said: str, *, size: int = 14, anchor: str = "", bold: bool = False, fill: str = "") -> str:
+    """One line of SVG text; centred at x unless ``anchor`` says otherwise, in the page's own text colour without ``fill``."""
+    style = (f' font-size="{size}"' * (size != 14)) + (f' text-anchor="{anchor}"' * bool(anchor))
+    style += ' font-weight="bold"' * bold + (f' fill="{fill}"' * bool(fill))
+    return f'<text x="{x:g}" y="{y:g}"{style}>{escape(said)}</text>'
 
 
 def box(
@@ -51,7 +51,7 @@ def box(
 def svg(width: float, height: float, alt: str, parts: Sequence[str]) -> str:
     """A whole picture with its text alternative."""
     size = f'viewBox="0 0 {width:g} {height:g}"'
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" font-family="system-ui, sans-serif">'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" {FONT}>'
     return "\n".join([head, f"<title>{escape(alt)}</title>", *parts, "</svg>"])
 
 
@@ -70,11 +70,11 @@ class Picture:
 
 # ---- a page's timeline -----------------------------------------------------------------------------------------------
 
-COLUMN, LEFT = 128, 92
+COLUMN, LEFT = 134, 66
 
 
 def _cell(x: float, y: float, state: str, rights: str, stale: bool) -> list[str]:
-    fill, mark = LOOK[state]
+    fill = LOOK[state][0]
     dashed = ' stroke-width="3" stroke-dasharray="6 3"' if stale else ' stroke-width="1"'
     ink = INK if fill != "none" else ""
     parts = [box(x + 4, y, COLUMN - 8, 46, fill, stroke=LOST if stale else "currentColor", extra=dashed)]
@@ -83,33 +83,33 @@ def _cell(x: float, y: float, state: str, rights: str, stale: bool) -> list[str]
     label = "stale, " + state if stale else state
     return [
         *parts,
-        text(x + COLUMN / 2, y + 19, label, size=13, weight="bold", fill=ink),
-        text(x + COLUMN / 2, y + 37, f"{mark}  {rights}", size=13, fill=ink),
+        text(x + COLUMN / 2, y + 19, label, size=13, bold=True, fill=ink),
+        text(x + COLUMN / 2, y + 37, rights, size=13, fill=ink),
     ]
 
 
 def timeline_parts(moments: Sequence[Moment], fate: str, top: float = 0) -> list[str]:
     """The SPTE and the TLB of one page after each moment, side by side, and where its write was lost."""
     parts = [
-        text(LEFT - 8, top + 76, "SPTE", anchor="end", weight="bold"),
-        text(LEFT - 8, top + 132, "TLB 0", anchor="end", weight="bold"),
+        text(LEFT - 8, top + 76, "SPTE", anchor="end", bold=True),
+        text(LEFT - 8, top + 132, "TLB", anchor="end", bold=True),
     ]
     for number, moment in enumerate(moments):
         x = LEFT + number * COLUMN
         parts += [
             text(x + COLUMN / 2, top + 16, moment.actor, size=13),
-            text(x + COLUMN / 2, top + 34, moment.action, weight="bold"),
+            text(x + COLUMN / 2, top + 34, moment.action, bold=True),
         ]
         parts += _cell(x, top + 46, moment.spte, moment.spte_rights, False)
         parts += _cell(x, top + 102, moment.tlb, moment.tlb_rights, moment.stale)
         if moment.flushed:
-            parts.append(text(x + COLUMN / 2, top + 168, "⟳ TLB flush", size=13, weight="bold"))
+            parts.append(text(x + COLUMN / 2, top + 168, "⟳ TLB flush", size=13, bold=True))
         elif moment.action == "enables logging":
             parts.append(text(x + COLUMN / 2, top + 168, "no flush", size=13))
         if moment.action == "writes":
             lost = fate == "missed"
             said = "✕ nobody sees it" if lost else "✓ seen"
-            parts.append(text(x + COLUMN / 2, top + 168, said, weight="bold", fill=LOST if lost else ""))
+            parts.append(text(x + COLUMN / 2, top + 168, said, bold=True, fill=LOST if lost else ""))
     return parts
 
 
@@ -121,7 +121,7 @@ def pages_parts(fates: Sequence[str], left: float, top: float, per_row: int = 8)
         fill, mark = LOOK[fate]
         parts += [
             box(x, y, 30, 30, fill),
-            text(x + 15, y + 21, mark, size=17, weight="bold", fill=INK if fill != "none" else ""),
+            text(x + 15, y + 21, mark, size=17, bold=True, fill=INK if fill != "none" else ""),
         ]
     return parts
 
@@ -131,11 +131,32 @@ def bars_parts(counts: Mapping[str, int], chosen: str, most: int, left: float, t
     parts = []
     for number, (label, count) in enumerate(counts.items()):
         y = top + number * 30
-        parts.append(text(left - 8, y + 17, label, anchor="end", weight="bold" if label == chosen else "normal"))
+        parts.append(text(left - 8, y + 17, label, anchor="end", bold=label == chosen))
         extra = ' stroke-width="3"' if label == chosen else ' stroke-width="1"'
-        parts.append(box(left, y, max(2, 200 * count / most), 22, LOST if count else LOOK["reported"][0], extra=extra))
-        parts.append(text(left + max(2, 200 * count / most) + 10, y + 17, str(count), anchor="start", weight="bold"))
+        parts.append(
+            box(
+                left,
+                y,
+                max(2, 200 * count / most),
+                22,
+                LOOK["missed"][0] if count else LOOK["reported"][0],
+                extra=extra,
+            )
+        )
+        parts.append(text(left + max(2, 200 * count / most) + 10, y + 17, str(count), anchor="start", bold=True))
     return parts
+
+
+def told(moments: Sequence[Moment]) -> str:
+    """A timeline in words: the text alternative."""
+    return "; ".join(f"{m.actor} {m.action}: SPTE {m.spte}, TLB {'stale, ' if m.stale else ''}{m.tlb}" for m in moments)
+
+
+def timeline_picture(scene: Scene) -> Picture:
+    """Page 0's timeline alone."""
+    alt = f"Page 0, {scene.pages[0]}. {told(scene.moments)}"
+    parts = timeline_parts(scene.moments, scene.pages[0])
+    return Picture(svg(LEFT + len(scene.moments) * COLUMN + 8, 186, alt, parts), alt)
 
 
 def scene_picture(scene: Scene, counts: Mapping[str, int], chosen: str) -> Picture:
@@ -143,14 +164,15 @@ def scene_picture(scene: Scene, counts: Mapping[str, int], chosen: str) -> Pictu
     columns = max(6, len(scene.moments))
     width, pages = LEFT + columns * COLUMN + 8, len(scene.pages)
     parts = timeline_parts(scene.moments, scene.pages[0])
-    parts += [text(LEFT + 4, 210, f"all {pages} pages of the slot, after the harvest", anchor="start", weight="bold")]
+    parts += [text(LEFT + 4, 210, f"all {pages} pages of the slot, after the harvest", anchor="start", bold=True)]
     parts += pages_parts(scene.pages, LEFT + 4, 222)
-    parts += [text(LEFT + 4, 314, "✓ reported     ✕ written, and missed", anchor="start", size=13)]
-    parts += [text(LEFT + 400, 210, "missed writes, by flush policy", anchor="start", weight="bold")]
+    parts += [
+        text(LEFT + 4, 314, "✓ reported", anchor="start"),
+        text(LEFT + 104, 314, "✕ written, and missed", anchor="start"),
+    ]
+    parts += [text(LEFT + 400, 210, "missed writes, by flush policy", anchor="start", bold=True)]
     parts += bars_parts(counts, chosen, pages, LEFT + 530, 222)
-    alt = f"{scene.missed} of {pages} writes missed, {scene.flushes} TLB flushes while enabling. Page 0: " + "; ".join(
-        f"{m.actor} {m.action}: SPTE {m.spte}, TLB {'stale, ' if m.stale else ''}{m.tlb}" for m in scene.moments
-    )
+    alt = f"{scene.missed} of {pages} writes missed. Page 0: {told(scene.moments)}"
     return Picture(svg(width, 350, alt, parts), alt)
 
 
@@ -173,14 +195,14 @@ STEP_SAYS = {
 
 def plan_parts(plan: Sequence[str], left: float, title: str) -> list[str]:
     """The steps of one plan, from top to bottom, flushes framed."""
-    parts = [text(left + 210, 20, title, weight="bold", size=15)]
+    parts = [text(left + 210, 20, title, bold=True, size=15)]
     for number, name in enumerate(plan or ["(nothing)"]):
         y, flush = 34 + number * 62, name.startswith("flush")
         always = name == "flush_always"
         fill = LOOK["reported"][0] if always else LOOK["missed"][0] if flush else "none"
         parts.append(box(left, y, 420, 46, fill, extra=' stroke-width="2"' if flush else ""))
         ink = INK if flush else ""
-        parts.append(text(left + 210, y + 19, name, weight="bold", size=14, fill=ink))
+        parts.append(text(left + 210, y + 19, name, bold=True, size=14, fill=ink))
         parts.append(
             text(left + 210, y + 37, STEP_SAYS.get(name, "no page is touched, no TLB is flushed"), size=13, fill=ink)
         )

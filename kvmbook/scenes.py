@@ -126,6 +126,30 @@ def write_after_enabling(
     return Scene(tuple(moments), tuple(fates), flushes)
 
 
+def made_twice(flush: FlushRule = FlushPolicy.IF_CHANGED) -> Scene:
+    """The second hole: with PML, two vCPUs fault on one page. The second makes the SPTE again over the first one's, and so
+    leaves it W=1 with D=0, while vCPU 0's TLB says that D is set."""
+    vm = Vm(HARDWARE["on, with PML"], Kernel.v5_19.with_(flush=flush), vcpus=2)
+    vm.set_user_memory_region(slot=0, base_gfn=BASE_GFN, npages=1)
+    moments = []
+    for vcpu in vm.vcpu:
+        vcpu.attempt("read", BASE_GFN)
+    moments.append(_moment(vm, "both vCPUs", "fault", 0))
+    vm.run(vm.vcpu[0].fault)
+    vm.vcpu[0].read(BASE_GFN)
+    moments.append(_moment(vm, "KVM for vCPU 0", "maps", 0))
+    vm.run(vm.vcpu[1].fault)
+    moments.append(_moment(vm, "KVM for vCPU 1", "maps again", 0))
+    vm.set_user_memory_region(slot=0, base_gfn=BASE_GFN, npages=1, log_dirty_pages=True)
+    moments.append(_moment(vm, "user space", "enables logging", 0))
+    flushes = vm.counters.flushes
+    vm.vcpu[0].write(BASE_GFN)
+    moments.append(_moment(vm, "vCPU 0", "writes", flushes))
+    report = vm.get_dirty_log(0)
+    moments.append(_moment(vm, "user space", "harvests", flushes))
+    return Scene(tuple(moments), ("reported" if report[0] else "missed",), flushes)
+
+
 def missed_against_aged(flush: FlushRule, aged: int, pages: int = 64, ad_bits: str = "off") -> int:
     """How many writes are missed if the guest has written ``pages`` pages, the host ages the first ``aged`` of them,
     logging is enabled, and the guest writes them all again."""

@@ -79,5 +79,6 @@ class Tlb:
         return [(root, gfn & -pages_per_level(level), level) for level in levels]
 
     def __str__(self) -> str:
-        lines = [f"{root} {gfn:#x} level {level}: {e}" for (root, gfn, level), e in sorted(self.entries.items())]
+        sizes = {1: "4K", 2: "2M", 3: "1G"}
+        lines = [f"{root} gfn {gfn:#x} ({sizes[level]}): {e}" for (root, gfn, level), e in sorted(self.entries.items())]
         return "\n".join(lines) or "empty"

@@ -153,6 +153,12 @@ class Vm(Machine):
     # ---- guest memory -----------------------------------------------------------------------------------------------
 
     def set_user_memory_region(
+        self, slot: int = 0, base_gfn: int = 0, npages: int = 0, **flags_and_address: Any
+    ) -> None:
+        """Create, move or delete (``npages=0``) a slot, or change its flags. Arguments and errors as `user_memory_region`."""
+        self.run(self.user_memory_region(slot, base_gfn, npages, **flags_and_address))
+
+    def user_memory_region(
         self,
         slot: int = 0,
         base_gfn: int = 0,
@@ -161,16 +167,18 @@ class Vm(Machine):
         log_dirty_pages: bool = False,
         readonly: bool = False,
         userspace_addr: int | None = None,
-    ) -> None:
-        """Create, move or delete (``npages=0``) a slot, or change its flags: `kvm_set_user_memory_region`, in pages.
+    ) -> SetUserMemoryRegion:
+        """The ioctl as an operation, not begun: for `start` and `step`.
 
         ``userspace_addr`` (bytes) defaults to where the slot lies already, or to a place of its own.
+        Beginning it raises OSError EINVAL, EEXIST or ENOMEM.
         """
         if userspace_addr is None:
             old = self.memslots.id_to_memslot(slot >> 16, slot & 0xFFFF)
             userspace_addr = old.userspace_addr if old is not None else USER_BASE + base_gfn * PAGE_SIZE
         flags = KVM_MEM_LOG_DIRTY_PAGES * log_dirty_pages | KVM_MEM_READONLY * readonly
-        self.kvm_set_user_memory_region(slot, flags, base_gfn << PAGE_SHIFT, npages << PAGE_SHIFT, userspace_addr)
+        region = MemoryRegion(slot, flags, base_gfn << PAGE_SHIFT, npages << PAGE_SHIFT, userspace_addr)
+        return SetUserMemoryRegion(region)
 
     def kvm_set_user_memory_region(
         self, slot: int, flags: int, guest_phys_addr: int, memory_size: int, userspace_addr: int
