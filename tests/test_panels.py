@@ -1,0 +1,118 @@
+"""Panels carry what the model says, for every combination; pictures are deterministic and say what they show."""
+
+import xml.etree.ElementTree as ET
+
+import pytest
+
+from kvmbook import FlushPolicy, exercises, figures, scenes
+from kvmbook.panels import Panel, View, lose_a_write, who_flushes_where
+
+
+@pytest.mark.parametrize("make", [lose_a_write, who_flushes_where])
+def test_every_combination_is_carried_and_agrees_with_a_live_answer(make):
+    panel, live = make(), make()
+    live.states = {}
+    names = list(panel.chosen)
+    for combination in panel.combinations():
+        live.states = {}
+        live.chosen = {**dict(zip(names, combination, strict=True)), "": ""}
+        live.chosen = dict(zip(names, combination, strict=True))
+        key = " | ".join(combination)
+        assert live.states[key] == panel.states[key]
+        picture = ET.fromstring(panel.states[key]["svg"])
+        assert picture.get("role") == "img" and picture[0].tag.endswith("title") and len(picture[0].text) > 20
+        assert panel.states[key]["readout"].endswith(".")
+
+
+def test_the_first_view_is_the_lost_write_and_either_toggle_saves_it():
+    panel = lose_a_write()
+    assert panel.readout.startswith("16 of 16 writes are missed")
+    assert panel.choose(A_D_bits="on").startswith("All 16 writes are reported")
+    assert panel.choose(A_D_bits="off", flush_when_enabling="always").startswith("All 16 writes are reported")
+    assert "flush when enabling: always" in repr(panel)
+
+
+def test_the_plotted_counts_are_the_models():
+    for ad_bits in scenes.HARDWARE:
+        for touched in scenes.TOUCHES:
+            for policy in FlushPolicy:
+                scene = scenes.write_after_enabling(ad_bits, policy, touched)
+                lost = policy is FlushPolicy.NEVER or (
+                    policy is FlushPolicy.IF_CHANGED and ad_bits == "off" and touched != "vCPU 1 writes page 0"
+                )
+                assert scene.missed == 16 * lost, (ad_bits, policy, touched)
+
+
+def test_a_panel_that_does_not_carry_its_states_computes_the_chosen_one():
+    calls = []
+
+    def show(number):
+        calls.append(number)
+        return View(figures.Picture("<svg/>", "nothing"), f"{number}.")
+
+    panel = Panel("count", {"number": ["1", "2"]}, show, carry=False)
+    assert calls == ["1"] and panel.readout == "1."
+    assert panel.choose(number="2") == "2." and panel.choose(number="1") == "1."
+    assert calls == ["1", "2"]
+    with pytest.raises(ValueError, match="number is one of 1, 2; got '3'"):
+        panel.choose(number="3")
+    with pytest.raises(ValueError, match="needs options"):
+        Panel("empty", {"number": []}, show)
+
+
+def test_the_cliff():
+    for policy, expected in (("IF_CHANGED", [0, 0, 0, 64]), ("ALWAYS", [0] * 4), ("NEVER", [64] * 4)):
+        assert [scenes.missed_against_aged(FlushPolicy[policy], aged) for aged in (0, 32, 63, 64)] == expected
+
+
+def test_pictures_escape_what_they_say():
+    assert figures.text(0, 0, "a < b & c") == '<text x="0" y="0">a &lt; b &amp; c</text>'
+
+
+# ---- check cells: wrong answers get a hint, and no answer is never right ---------------------------------------------
+
+
+class ChangedOrTracked:
+    """The tempting rule: flush if an access-tracked SPTE is met."""
+
+    unconditional = False
+
+    def after_write_protect(self, fmt, old, new, answer):
+        return answer | fmt.is_access_track_spte(old)
+
+    after_clear_dirty = after_write_protect
+
+
+class Always:
+    unconditional = True
+
+    def after_write_protect(self, fmt, old, new, answer):
+        return answer & False
+
+    after_clear_dirty = after_write_protect
+
+
+@pytest.mark.parametrize(
+    ("check", "answer", "said"),
+    [
+        ("check_01_1", lambda vm: vm.vcpu[1].read(0x200), "No: 16 writes are still missed"),
+        ("check_01_1", lambda vm: [vm.vcpu[1].write(0x200), vm.vcpu[1].write(0x201)], "No: exactly one page"),
+        ("check_01_1", lambda vm: vm.vcpu[0].write(0x200), "No: 16 writes are still missed"),
+        ("check_01_1", lambda vm: vm.nonsense, "No: your answer raised AttributeError"),
+        ("check_01_2", lambda vm: vm.vcpu[0].write(0x200), "No: your run must leave dirty logging enabled"),
+        ("check_01_3", lambda vm: vm.vcpu[0].evict(0x200), "No: your rescue touches slot 0"),
+        ("check_01_3", lambda vm: vm.vcpu[1].write(0x1001), "No: the write is missed"),
+        ("check_01_3", lambda vm: vm.invalidate_range(0x1000, 0x1001), "Yes."),
+        ("check_08_1", ["split_huge_tdp_sptes"], "No: step 1 is not 'split_huge_tdp_sptes'"),
+        ("check_08_1", [], "No: there are 5 steps, you name 0"),
+        ("check_08_2", ChangedOrTracked(), "No: a write is missed if the page is read again by vCPU 1"),
+        ("check_08_2", Always(), "No: it flushes although the only mapped page is read-only"),
+        ("check_08_3", lambda vm: vm.vcpu[0].attempt("read", 0x200), "No: KVM for vCPU0 is still under way"),
+        ("check_08_3", lambda vm: vm.vcpu[0].read(0x200), "No: your run must leave dirty logging enabled"),
+    ],
+)
+def test_check_cells_answer_wrong_answers_with_a_hint(check, answer, said, capsys):
+    getattr(exercises, check)(answer)
+    assert capsys.readouterr().out.startswith(said)
+    getattr(exercises, check)(None)
+    assert capsys.readouterr().out == "Not yet: there is no answer to check.\n"
