@@ -8,7 +8,7 @@ FIRST := notebooks/01-a-write-that-nobody-saw.ipynb
 # Trusted notebooks show their panels at once; others only after they are run.
 lab: .venv/installed
 	$(BIN)/jupyter trust notebooks/*.ipynb
-	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) $(FIRST)
+	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --LabApp.default_url=/lab/tree/$(FIRST)
 
 test: .venv/installed
 	$(BIN)/python -m pytest
@@ -20,10 +20,11 @@ run: .venv/installed
 benchmark: .venv/installed
 	$(BIN)/python -m benchmarks
 
-.venv/installed: pyproject.toml
+.venv/installed: pyproject.toml tools/overrides.json
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "kvmbook needs Python 3.11 or newer"'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	mkdir -p .venv/share/jupyter/lab/settings && cp tools/overrides.json .venv/share/jupyter/lab/settings/
 	touch $@
 
 clean:

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
-from kvmbook.faults import Outcome
+from kvmbook.faults import ACCESSES, Outcome
 from kvmbook.hardware import Hardware
+from kvmbook.ioctls import kvm_mmu_slot_apply_flags
 from kvmbook.kernel import FlushPolicy, FlushRule, Kernel
-from kvmbook.scenes import BASE_GFN, enabling_plan
+from kvmbook.memslots import KVM_MEM_LOG_DIRTY_PAGES, Change, MemorySlot
+from kvmbook.scenes import BASE_GFN
 from kvmbook.vm import Vm
 
 PAGES = 16
@@ -50,6 +53,10 @@ def _aged(hardware: Hardware, kernel: Kernel, pages: int = PAGES) -> Vm:
     return vm
 
 
+def _slot_was_touched(vm: Vm, before: MemorySlot) -> bool:
+    return vm.memslots.slots.get((0, 0)) is not before
+
+
 # ---- chapter 01 ------------------------------------------------------------------------------------------------------
 
 
@@ -57,13 +64,17 @@ def _aged(hardware: Hardware, kernel: Kernel, pages: int = PAGES) -> Vm:
 def check_01_1(touch: Run) -> str:
     """One access between ageing and enabling, and no write is missed."""
     vm = _aged(Hardware.ept(ad_bits=False), Kernel.v5_19)
-    logged = len(vm.log)
+    slot, logged = vm.memslots.slots[0, 0], len(vm.log)
     touch(vm)
-    touched = {e.gfn for e in vm.log[logged:] if e.actor.startswith("vCPU")}
-    if len(touched) != 1:
-        return f"exactly one page may be touched, by exactly one vCPU; yours touched {len(touched)}"
-    if vm.memslots.slots[0, 0].logs_dirty:
+    events = [e for e in vm.log[logged:] if e.step in ACCESSES]
+    if len({(e.actor, e.gfn) for e in events}) != 1 or vm.counters.flushes:
+        return "exactly one vCPU touches exactly one page, and nothing else happens"
+    if _slot_was_touched(vm, slot):
         return "enabling comes after your access; leave it to the check"
+    if events[-1].gfn not in range(slot.base_gfn, slot.end_gfn):
+        return "that page is in no slot"
+    if events[-1].note == Outcome.HIT.value:
+        return "your access never reached KVM; whose TLB is stale?"
     _enable(vm)
     for gfn in range(BASE_GFN, BASE_GFN + PAGES):
         vm.vcpu[0].write(gfn)
@@ -74,14 +85,19 @@ def check_01_1(touch: Run) -> str:
 @checker
 def check_01_2(run: Run) -> str:
     """Exactly five of sixteen pages missed, on v5.19 without A/D bits."""
-    vm = Vm(Hardware.ept(ad_bits=False), Kernel.v5_19, vcpus=2)
+    kernel = Kernel.v5_19
+    vm = Vm(Hardware.ept(ad_bits=False), kernel, vcpus=2)
     vm.set_user_memory_region(slot=0, base_gfn=BASE_GFN, npages=PAGES)
     run(vm)
-    if not vm.memslots.slots[0, 0].logs_dirty:
+    if vm.kernel is not kernel:
+        return "that is another kernel; stay with v5.19"
+    if (0, 0) not in vm.memslots.slots or not vm.memslots.slots[0, 0].logs_dirty:
         return "your run must leave dirty logging enabled"
-    unwritten = PAGES - len({e.gfn for e in vm.log if e.step == "write"})
-    if unwritten:
-        return f"{unwritten} pages were never written; all sixteen must be"
+    enabled = max(i for i, e in enumerate(vm.log) if e.step == "return_to_user_space")
+    slot = vm.memslots.slots[0, 0]
+    written = {e.gfn for e in vm.log[enabled:] if e.step == "write" and e.gfn is not None and e.gfn in slot}
+    if len(written) != PAGES:
+        return f"{len(written)} pages of the slot are written after logging is enabled; all {PAGES} must be"
     missed = len(vm.missed_dirty(0))
     return "" if missed == 5 else f"{missed} writes are missed, not 5; who still remembers a page at the end?"
 
@@ -92,10 +108,9 @@ def check_01_3(rescue: Run) -> str:
     vm = _aged(Hardware.ept(ad_bits=False), Kernel.v5_19)
     vm.set_user_memory_region(slot=1, base_gfn=0x1000, npages=8)
     vm.vcpu[1].write(0x1000)
-    logged = len(vm.log)
+    slot, logged = vm.memslots.slots[0, 0], len(vm.log)
     rescue(vm)
-    near = [e for e in vm.log[logged:] if e.gfn is not None and BASE_GFN <= e.gfn < BASE_GFN + PAGES]
-    if near or vm.memslots.slots[0, 0].logs_dirty:
+    if _slot_was_touched(vm, slot) or any(e.gfn is not None and e.gfn in slot for e in vm.log[logged:]):
         return "your rescue touches slot 0 or its pages; stay away from it"
     _enable(vm)
     vm.vcpu[0].write(BASE_GFN)
@@ -107,49 +122,76 @@ def check_01_3(rescue: Run) -> str:
 
 @checker
 def check_08_1(plan: Sequence[str]) -> str:
-    """The steps of enabling under v6.0 with PML."""
-    right = enabling_plan("on, with PML", FlushPolicy.ALWAYS)
+    """The steps of enabling under v6.0 with PML and the legacy MMU."""
+    vm = Vm(Hardware.ept(pml=True, tdp_mmu=False), Kernel.v6_0)
+    vm.set_user_memory_region(slot=0, base_gfn=BASE_GFN, npages=PAGES)
+    off = vm.memslots.slots[0, 0]
+    right = kvm_mmu_slot_apply_flags(vm, Change.FLAGS_ONLY, off, replace(off, flags=KVM_MEM_LOG_DIRTY_PAGES))
     for number, (given, wanted) in enumerate(zip(plan, right, strict=False), 1):
         if given != wanted:
             return f"step {number} is not {given!r}"
-    return "" if len(plan) == len(right) else f"there are {len(right)} steps, you name {len(plan)}"
+    return "" if len(plan) == len(right) else f"this function takes {len(right)} steps here, you name {len(plan)}"
 
 
 @checker
 def check_08_2(rule: FlushRule) -> str:
     """A flush rule that loses nothing without A/D bits, and does not flush for pages that nobody can write."""
-    for what, prepare in (
-        ("untouched since ageing", None),
-        ("read again by vCPU 1", "read"),
-        ("written again", "write"),
-    ):
-        vm = _aged(Hardware.ept(ad_bits=False), Kernel.v5_19.with_(flush=rule), pages=1)
-        if prepare:
-            vm.vcpu[1].complete(prepare, BASE_GFN)
+    if isinstance(rule, type):
+        return "pass an object, MyRule(), not the class"
+    kernel = Kernel.v5_19.with_(flush=rule)
+    for hardware in (Hardware.ept(ad_bits=False), Hardware.ept(ad_bits=False, tdp_mmu=False)):
+        for what, kind in (
+            ("untouched since ageing", None),
+            ("read again by vCPU 1", "read"),
+            ("written again", "write"),
+        ):
+            for beside, vm in (
+                ("", _aged(hardware, kernel, pages=1)),
+                (", beside one that is read-only in the host", _beside_read_only_page(hardware, kernel)),
+            ):
+                if kind:
+                    vm.vcpu[1].complete(kind, BASE_GFN)
+                _enable(vm)
+                vm.vcpu[0].write(BASE_GFN)
+                if len(vm.missed_dirty(0)):
+                    return f"a write is missed if the page is {what}{beside} ({hardware.name})"
+        vm = Vm(hardware, kernel)
+        vm.set_user_memory_region(slot=0, base_gfn=BASE_GFN, npages=PAGES)
+        vm.write_protect_host_page(BASE_GFN)
+        vm.vcpu[0].read(BASE_GFN)
         _enable(vm)
-        vm.vcpu[0].write(BASE_GFN)
-        if len(vm.missed_dirty(0)):
-            return f"a write is missed if the page is {what}"
-    vm = Vm(Hardware.ept(ad_bits=False), Kernel.v5_19.with_(flush=rule))
-    vm.set_user_memory_region(slot=0, base_gfn=BASE_GFN, npages=PAGES)
-    vm.write_protect_host_page(BASE_GFN)
-    vm.vcpu[0].read(BASE_GFN)
-    _enable(vm)
-    return "it flushes although the only mapped page is read-only in the host" if vm.counters.flushes else ""
+        if vm.counters.flushes:
+            return "it flushes although the only mapped page is read-only in the host"
+    _enable(_aged(Hardware.ept(pml=True), kernel))  # it must at least have an answer for the other pass
+    return ""
+
+
+def _beside_read_only_page(hardware: Hardware, kernel: Kernel) -> Vm:
+    """Page 0 aged and remembered, page 1 mapped and read-only in the host."""
+    vm = Vm(hardware, kernel, vcpus=2)
+    vm.set_user_memory_region(slot=0, base_gfn=BASE_GFN, npages=2)
+    vm.write_protect_host_page(BASE_GFN + 1)
+    for gfn in (BASE_GFN, BASE_GFN + 1):
+        vm.vcpu[0].read(gfn)
+    vm.clear_young(BASE_GFN, BASE_GFN + 2)
+    return vm
 
 
 @checker
 def check_08_3(run: Run) -> str:
     """Lose a write with PML although the MMU-writable test decides about the flush."""
-    vm = Vm(Hardware.ept(pml=True), Kernel.v5_19.with_(flush=FlushPolicy.IF_MMU_WRITABLE), vcpus=2)
+    kernel = Kernel.v5_19.with_(flush=FlushPolicy.IF_MMU_WRITABLE)
+    vm = Vm(Hardware.ept(pml=True), kernel, vcpus=2)
     vm.set_user_memory_region(slot=0, base_gfn=BASE_GFN, npages=PAGES)
     run(vm)
+    if vm.kernel is not kernel:
+        return "that is another kernel; keep the one you are given"
     if vm.in_flight:
-        return f"{vm.in_flight[0].who} is still under way: bring every fault to its end"
-    if not vm.memslots.slots[0, 0].logs_dirty:
+        return f"{vm.in_flight[0].who}: {vm.in_flight[0].todo[0]} is still to be done; finish every operation"
+    if (0, 0) not in vm.memslots.slots or not vm.memslots.slots[0, 0].logs_dirty:
         return "your run must leave dirty logging enabled"
     if len(vm.missed_dirty(0)):
         return ""
-    if not any(e.note == Outcome.FAULT.value for e in vm.log):
-        return "no vCPU has faulted; let two of them fault on one page before either fault is handled"
+    if not vm.written and not any(e.step == "write" for e in vm.log):
+        return "nobody writes after logging is enabled"
     return "no write is missed; look at D in the SPTE and in vCPU 0's TLB before you enable logging"

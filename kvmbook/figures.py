@@ -153,10 +153,10 @@ def told(moments: Sequence[Moment]) -> str:
 
 
 def timeline_picture(scene: Scene) -> Picture:
-    """Page 0's timeline alone."""
-    alt = f"Page 0, {scene.pages[0]}. {told(scene.moments)}"
-    parts = timeline_parts(scene.moments, scene.pages[0])
-    return Picture(svg(LEFT + len(scene.moments) * COLUMN + 8, 186, alt, parts), alt)
+    """Page 0's timeline alone, up to the write."""
+    moments = scene.moments[:-1]
+    alt = f"Page 0, {scene.pages[0]}. {told(moments)}"
+    return Picture(svg(LEFT + len(moments) * COLUMN + 8, 186, alt, timeline_parts(moments, scene.pages[0])), alt)
 
 
 def scene_picture(scene: Scene, counts: Mapping[str, int], chosen: str) -> Picture:
@@ -213,8 +213,8 @@ def plan_parts(plan: Sequence[str], left: float, title: str) -> list[str]:
 
 def plans_picture(before: Sequence[str], after: Sequence[str]) -> Picture:
     """The decision tree's path before the patch and after it, side by side."""
-    alt = f"up to v5.19: {', '.join(before) or 'nothing'}. since v6.0: {', '.join(after) or 'nothing'}"
-    parts = plan_parts(before, 8, "up to v5.19") + plan_parts(after, 452, "since v6.0 (b64d740ea7dd)")
+    alt = f"v5.19: {', '.join(before) or 'nothing'}. v6.0: {', '.join(after) or 'nothing'}"
+    parts = plan_parts(before, 8, "v5.19") + plan_parts(after, 452, "v6.0, with b64d740ea7dd")
     height = 40 + 62 * max(len(before), len(after), 1)
     return Picture(svg(880, height, alt, parts), alt)
 
@@ -229,12 +229,12 @@ POLICY_LINES: dict[str, dict[str, Any]] = {
 }
 
 
-def plot_missed(ax: Axes, shares: Sequence[float], missed: Mapping[str, Sequence[int]], xlabel: str) -> None:
-    """Draw missed writes against a share (0..1, shown in percent), one line a flush policy."""
-    every = max(1, len(shares) // 8)
+def plot_missed(ax: Axes, xs: Sequence[int], missed: Mapping[str, Sequence[int]], xlabel: str) -> None:
+    """Draw missed writes, one line a flush policy."""
+    every = max(1, len(xs) // 8)
     for policy, counts in missed.items():
         ax.plot(
-            [100 * share for share in shares],
+            xs,
             counts,
             label=policy,
             linewidth=3,

@@ -15,7 +15,7 @@ import anywidget
 import traitlets
 
 from kvmbook.figures import Picture, plans_picture, scene_picture
-from kvmbook.kernel import FlushPolicy
+from kvmbook.kernel import FlushPolicy, Kernel
 from kvmbook.scenes import CHANGES, HARDWARE, TOUCHES, enabling_plan, write_after_enabling
 
 HERE = pathlib.Path(__file__).parent
@@ -115,7 +115,7 @@ def lose_a_write() -> Panel:
         picture = scene_picture(scene, {name: other.missed for name, other in scenes.items()}, flush)
         if scene.missed:
             return View(
-                picture, f"{scene.missed} of {len(scene.pages)} writes are missed: no report will ever name them."
+                picture, f"{scene.missed} of {len(scene.pages)} writes are missed: the report does not name them."
             )
         said = f"All {len(scene.pages)} writes are reported, after {counted(scene.flushes)} while enabling."
         return View(picture, said)
@@ -131,19 +131,24 @@ def lose_a_write() -> Panel:
 def who_flushes_where() -> Panel:
     """Chapter 08: the path through kvm_mmu_slot_apply_flags(), before the patch and after it."""
 
-    def show(ad_bits: str, change: str, initially_set: str) -> View:
-        plans = [
-            enabling_plan(ad_bits, policy, change, initially_set == "on")
-            for policy in (FlushPolicy.IF_CHANGED, FlushPolicy.ALWAYS)
-        ]
-        before, after = ([step for step in plan if step.startswith("flush")] for plan in plans)
-        if any(step.startswith("zap") for step in plans[0]):
-            readout = "Only what is cut off is flushed, before the patch and after it."
-        elif not after:
-            readout = "No SPTE is visited and no TLB flushed, before the patch or after it."
+    def show(ad_bits: str, change: str, initially_set: str, nested: str) -> View:
+        before, after = (
+            enabling_plan(ad_bits, kernel, change, initially_set == "on", nested == "has run")
+            for kernel in (Kernel.v5_19, Kernel.v6_0)
+        )
+        old, new = (sum(step.startswith("flush") for step in plan) for plan in (before, after))
+        if any(step.startswith("zap") for step in before):
+            readout = "Nothing is write-protected. Small tables where a huge page fits again are dropped, and flushed."
+        elif not new:
+            readout = "No SPTE is visited and no TLB is flushed, before the patch or after it."
         else:
-            readout = f"Before: at most {counted(len(before))}, if a pass asked. After: always {counted(len(after))}."
-        return View(plans_picture(*plans), readout)
+            readout = f"Before: at most {counted(old)}, if a pass asked. After: always {counted(new)}."
+        return View(plans_picture(before, after), readout)
 
-    settings = {"A/D bits": list(HARDWARE), "logging": list(CHANGES), "INITIALLY_SET": ["off", "on"]}
+    settings = {
+        "A/D bits": list(HARDWARE),
+        "logging": list(CHANGES),
+        "INITIALLY_SET": ["off", "on"],
+        "nested guest": ["none", "has run"],
+    }
     return Panel("Who flushes where", settings, show)

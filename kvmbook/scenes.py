@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvmbook.hardware import Hardware
 from kvmbook.ioctls import kvm_mmu_slot_apply_flags
 from kvmbook.kernel import FlushPolicy, FlushRule, Kernel
-from kvmbook.memslots import KVM_MEM_LOG_DIRTY_PAGES, Change, MemorySlot
+from kvmbook.memslots import KVM_MEM_LOG_DIRTY_PAGES, Change
 from kvmbook.spte import SpteFormat
 from kvmbook.tlb import TlbEntry
 from kvmbook.vm import Vm
@@ -74,16 +74,17 @@ def tlb_state(entry: TlbEntry | None) -> str:
 
 
 def _moment(vm: Vm, actor: str, action: str, flushes_before: int) -> Moment:
-    spte, entry = vm.spte(BASE_GFN), vm.vcpu[0].tlb.lookup("L1", BASE_GFN)
-    says, remembers = spte_state(vm.fmt, spte), tlb_state(entry)
-    rights = "".join(c if on else "-" for c, on in zip("RWX", vm.fmt.hardware_rights(spte), strict=True))
+    fmt, spte, entry = vm.fmt, vm.spte(BASE_GFN), vm.vcpu[0].tlb.lookup("L1", BASE_GFN)
+    says, remembers = spte_state(fmt, spte), tlb_state(entry)
+    letters = "".join(c if on else "-" for c, on in zip("RWX", fmt.hardware_rights(spte), strict=True))
+    d = " D" if spte & fmt.spte_shadow_dirty_mask(spte) else ""
     return Moment(
         actor=actor,
         action=action,
         spte=says,
-        spte_rights=rights + (" MW" if vm.fmt.is_mmu_writable_spte(spte) else ""),
+        spte_rights=letters + d + (" MW" if fmt.is_mmu_writable_spte(spte) else ""),
         tlb=remembers,
-        tlb_rights="" if entry is None else str(entry)[:3],
+        tlb_rights="" if entry is None else str(entry)[:3] + (" D" if entry.dirty and fmt.kvm_ad_enabled else ""),
         stale=remembers == "writable" and says != "writable",
         flushed=vm.counters.flushes > flushes_before,
     )
@@ -167,6 +168,27 @@ def missed_against_aged(flush: FlushRule, aged: int, pages: int = 64, ad_bits: s
     return len(vm.missed_dirty(0))
 
 
+def missed_per_harvest(flush: FlushRule, rounds: int = 8, touched: int = 4, pages: int = 16) -> list[int]:
+    """How many pages are missed after each of ``rounds`` harvests, if vCPU 0 writes all pages before each one, and vCPU 1
+    writes page 0 before harvest number ``touched`` (from 0). Without A/D bits; all pages aged before logging."""
+    vm = Vm(HARDWARE["off"], Kernel.v5_19.with_(flush=flush), vcpus=2)
+    gfns = range(BASE_GFN, BASE_GFN + pages)
+    vm.set_user_memory_region(slot=0, base_gfn=BASE_GFN, npages=pages)
+    for gfn in gfns:
+        vm.vcpu[0].read(gfn)
+    vm.clear_young(gfns.start, gfns.stop)
+    vm.set_user_memory_region(slot=0, base_gfn=BASE_GFN, npages=pages, log_dirty_pages=True)
+    missed = []
+    for harvest in range(rounds):
+        for gfn in gfns:
+            vm.vcpu[0].write(gfn)
+        if harvest == touched:
+            vm.vcpu[1].write(BASE_GFN)
+        vm.get_dirty_log(0)
+        missed.append(len(vm.missed_dirty(0)))
+    return missed
+
+
 CHANGES = {
     "off to on": (Change.FLAGS_ONLY, 0, 1),
     "on to off": (Change.FLAGS_ONLY, 1, 0),
@@ -176,20 +198,22 @@ CHANGES = {
 
 def enabling_plan(
     ad_bits: str = "off",
-    flush: FlushRule = FlushPolicy.IF_CHANGED,
+    kernel: Kernel = Kernel.v5_19,
     change: str = "off to on",
     initially_set: bool = False,
+    nested: bool = False,
 ) -> list[str]:
     """What kvm_mmu_slot_apply_flags() is going to do after a memslot change: the names of its steps, in order.
 
-    ``change`` is a key of `CHANGES`: how LOG_DIRTY_PAGES changes. Asked of the model, not written down.
+    ``change`` is a key of `CHANGES`: how LOG_DIRTY_PAGES changes. ``nested``: a nested guest has run before, so the rmap side
+    is in use beside the TDP side. Asked of the model, not written down.
     """
-    vm = Vm(HARDWARE[ad_bits], Kernel.v5_19.with_(flush=flush))
+    vm = Vm(HARDWARE[ad_bits], kernel, nested="ept")
+    vm.set_user_memory_region(slot=0, base_gfn=BASE_GFN, npages=64)
+    if nested:
+        vm.vcpu[0].read(BASE_GFN, l2=True)
     vm.initially_set = initially_set
     kind, before, after = CHANGES[change]
-    slot = MemorySlot(0, 0, BASE_GFN, 64, 0)
-    old = None if before is None else MemorySlot(0, 0, BASE_GFN, 64, 0, before * KVM_MEM_LOG_DIRTY_PAGES)
-    new = MemorySlot(
-        slot.as_id, slot.id, slot.base_gfn, slot.npages, slot.userspace_addr, after * KVM_MEM_LOG_DIRTY_PAGES
-    )
-    return kvm_mmu_slot_apply_flags(vm, kind, old, new)
+    slot = vm.memslots.slots[0, 0]
+    old = None if before is None else replace(slot, flags=before * KVM_MEM_LOG_DIRTY_PAGES)
+    return kvm_mmu_slot_apply_flags(vm, kind, old, replace(slot, flags=after * KVM_MEM_LOG_DIRTY_PAGES))

@@ -80,5 +80,8 @@ class Tlb:
 
     def __str__(self) -> str:
         sizes = {1: "4K", 2: "2M", 3: "1G"}
-        lines = [f"{root} gfn {gfn:#x} ({sizes[level]}): {e}" for (root, gfn, level), e in sorted(self.entries.items())]
+        guest = {"L1": "", "L2": "nested guest's "}
+        lines = [
+            f"{guest[root]}gfn {gfn:#x} ({sizes[level]}): {e}" for (root, gfn, level), e in sorted(self.entries.items())
+        ]
         return "\n".join(lines) or "empty"

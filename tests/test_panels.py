@@ -2,6 +2,7 @@
 
 import xml.etree.ElementTree as ET
 
+import numpy as np
 import pytest
 
 from kvmbook import FlushPolicy, exercises, figures, scenes
@@ -83,6 +84,21 @@ class ChangedOrTracked:
     after_clear_dirty = after_write_protect
 
 
+class AllOfThem:
+    """Flush only if every page is MMU-writable: wrong as soon as there is another page."""
+
+    unconditional = False
+
+    def after_write_protect(self, fmt, old, new, answer):
+        return np.all(fmt.is_mmu_writable_spte(old))
+
+    after_clear_dirty = after_write_protect
+
+
+def enable(vm):
+    vm.set_user_memory_region(slot=0, base_gfn=0x200, npages=16, log_dirty_pages=True)
+
+
 class Always:
     unconditional = True
 
@@ -96,19 +112,30 @@ class Always:
     ("check", "answer", "said"),
     [
         ("check_01_1", lambda vm: vm.vcpu[1].read(0x200), "No: 16 writes are still missed"),
-        ("check_01_1", lambda vm: [vm.vcpu[1].write(0x200), vm.vcpu[1].write(0x201)], "No: exactly one page"),
-        ("check_01_1", lambda vm: vm.vcpu[0].write(0x200), "No: 16 writes are still missed"),
+        ("check_01_1", lambda vm: [vm.vcpu[1].write(0x200), vm.vcpu[1].write(0x201)], "No: exactly one vCPU"),
+        ("check_01_1", lambda vm: [cpu.write(0x200) for cpu in vm.vcpu], "No: exactly one vCPU"),
+        ("check_01_1", lambda vm: [vm.vcpu[1].read(0x200), vm.kvm_flush_remote_tlbs()], "No: exactly one vCPU"),
+        ("check_01_1", lambda vm: vm.vcpu[0].write(0x200), "No: your access never reached KVM"),
+        ("check_01_1", lambda vm: vm.vcpu[0].write(0x999), "No: that page is in no slot"),
         ("check_01_1", lambda vm: vm.nonsense, "No: your answer raised AttributeError"),
+        ("check_01_1", lambda vm: [vm.vcpu[0].evict(0x205), vm.vcpu[0].write(0x205)], "Yes."),
         ("check_01_2", lambda vm: vm.vcpu[0].write(0x200), "No: your run must leave dirty logging enabled"),
+        ("check_01_2", lambda vm: enable(vm), "No: 0 pages of the slot are written"),
+        ("check_01_2", lambda vm: vm.set_user_memory_region(slot=0), "No: your run must leave"),
         ("check_01_3", lambda vm: vm.vcpu[0].evict(0x200), "No: your rescue touches slot 0"),
+        ("check_01_3", lambda vm: vm.set_user_memory_region(slot=0), "No: your rescue touches slot 0"),
         ("check_01_3", lambda vm: vm.vcpu[1].write(0x1001), "No: the write is missed"),
         ("check_01_3", lambda vm: vm.invalidate_range(0x1000, 0x1001), "Yes."),
         ("check_08_1", ["split_huge_tdp_sptes"], "No: step 1 is not 'split_huge_tdp_sptes'"),
-        ("check_08_1", [], "No: there are 5 steps, you name 0"),
+        ("check_08_1", [], "No: this function takes 4 steps here, you name 0"),
+        ("check_08_2", ChangedOrTracked, "No: pass an object"),
         ("check_08_2", ChangedOrTracked(), "No: a write is missed if the page is read again by vCPU 1"),
+        ("check_08_2", AllOfThem(), "No: a write is missed if the page is untouched since ageing, beside one"),
         ("check_08_2", Always(), "No: it flushes although the only mapped page is read-only"),
-        ("check_08_3", lambda vm: vm.vcpu[0].attempt("read", 0x200), "No: KVM for vCPU0 is still under way"),
+        ("check_08_3", lambda vm: vm.vcpu[0].attempt("read", 0x200), "No: KVM for vCPU0: kvm_faultin_pfn is still"),
         ("check_08_3", lambda vm: vm.vcpu[0].read(0x200), "No: your run must leave dirty logging enabled"),
+        ("check_08_3", lambda vm: [vm.vcpu[0].read(0x200), enable(vm)], "No: nobody writes"),
+        ("check_08_3", lambda vm: [enable(vm), vm.vcpu[0].write(0x200)], "No: no write is missed; look at D"),
     ],
 )
 def test_check_cells_answer_wrong_answers_with_a_hint(check, answer, said, capsys):
