@@ -137,7 +137,8 @@ class InvalidateRange(Notifier):
 @dataclass(eq=False)
 class ChangePte(Notifier):
     """The host put another frame behind one page (KSM): follow it, read-only, or zap if the new page is writable.
-    Both flush before unlocking. Source: kvm_set_spte_gfn(), kvm_mmu_notifier_change_pte(), v5.19 (gone since v6.10)."""
+    Both flush before unlocking, if there was anything.
+    Source: kvm_set_spte_gfn(), kvm_mmu_notifier_change_pte(), v5.19 (gone since v6.10)."""
 
     steps = ("kvm_set_spte_gfn", "kvm_flush_remote_tlbs")
 
@@ -156,14 +157,16 @@ class ChangePte(Notifier):
         page = m.host.replace(self.slot.hva(self.start), self.writable)
         m.mmu_notifier_seq += 1
         if self.writable:
-            kvm_unmap_gfn_range(m, self.start, self.end)
+            if not kvm_unmap_gfn_range(m, self.start, self.end):
+                self.todo.clear()
             return
 
         def follow(spte: Spte) -> Changed:
             return Changed(m.fmt.kvm_mmu_changed_pte_notifier_make_spte(spte, page.pfn), True)
 
-        m.update_rmap_leaves(self.start, self.end, follow)
-        m.update_tdp_leaves(self.start, self.end, follow)
+        rmaps = m.update_rmap_leaves(self.start, self.end, follow)
+        if not m.update_tdp_leaves(self.start, self.end, follow) and not rmaps:
+            self.todo.clear()
 
     @step(lock="write")
     def kvm_flush_remote_tlbs(self, m: Machine) -> None:

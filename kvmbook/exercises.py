@@ -12,8 +12,8 @@ from typing import Any
 
 from kvmbook.faults import ACCESSES, Outcome
 from kvmbook.hardware import Hardware
-from kvmbook.ioctls import kvm_mmu_slot_apply_flags
 from kvmbook.kernel import FlushPolicy, FlushRule, Kernel
+from kvmbook.memory_regions import kvm_mmu_slot_apply_flags
 from kvmbook.memslots import KVM_MEM_LOG_DIRTY_PAGES, Change, MemorySlot
 from kvmbook.scenes import BASE_GFN
 from kvmbook.vm import Vm

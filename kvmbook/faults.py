@@ -6,6 +6,7 @@ part; when it is over the guest tries again.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 
@@ -54,6 +55,7 @@ def access(m: Machine, vcpu: VcpuState, kind: str, gfn: int, root: Root) -> Outc
         raise ValueError(f"{vcpu.name} is outside the guest: KVM is handling its last fault")
     if vcpu.dirty_ring is not None and vcpu.dirty_ring.soft_full:
         return _done(m, vcpu, kind, gfn, Outcome.RING_FULL)
+    vcpu.guest_mode = root.guest_mode
     cached = vcpu.tlb.lookup(root.name, gfn)
     if cached is not None and not cached.allows(kind):
         return _violation(m, vcpu, kind, gfn, root, present=True)
@@ -249,14 +251,18 @@ class PageFault(Operation):
         return None
 
     @step(lock="write")
-    def do_wp_page(self, m: Machine) -> None:
-        """The host breaks copy-on-write: another frame, and its notifiers make KVM zap the old one and flush."""
+    def do_wp_page(self, m: Machine) -> str | None:
+        """The host breaks copy-on-write: another frame, and its notifiers make KVM zap the old one, and flush if it was
+        mapped."""
         assert self.slot is not None
-        m.host.replace(self.slot.hva(self.gfn), writable=True)
-        kvm_unmap_gfn_range(m, self.gfn, self.gfn + 1)
-        m.kvm_flush_remote_tlbs()
-        m.mmu_notifier_seq += 1
         self.todo = ["kvm_faultin_pfn"]
+        if m.host.lookup(self.slot.hva(self.gfn)).writable:
+            return "another fault did it"
+        m.host.replace(self.slot.hva(self.gfn), writable=True)
+        if kvm_unmap_gfn_range(m, self.gfn, self.gfn + 1):
+            m.kvm_flush_remote_tlbs()
+        m.mmu_notifier_seq += 1
+        return None
 
     @step(lock="fault", keeps=True)
     def make_spte(self, m: Machine) -> str | None:
@@ -264,24 +270,26 @@ class PageFault(Operation):
         Source: kvm_tdp_mmu_map(), and __direct_map() for the legacy MMU, v5.19."""
         assert self.slot is not None and self.page is not None
         raced = m.mmu_notifier_seq != self.mmu_seq or any(a <= self.gfn < b for a, b in m.invalidating)
-        goal = PG_LEVEL_4K if self.slot.logs_dirty else kvm_mmu_max_mapping_level(m, self.slot, self.gfn)
+        goal = self._goal_level(m)
         found = None if raced else m.page_tables.descend(self.root, self.gfn, goal)
         if found is None or m.fmt.is_removed_spte(found.spte):
             self._over(m, Outcome.RETRY)
             return "raced with the host or another fault"
         self.sptep, self.old_spte = found.sptep, found.spte
+        if m.nx_huge_pages:
+            goal = min(goal, found.level)  # a table stays where an instruction fetch asked for it
         if found.level > goal:
             return self._zap_larger(m)
-        if found.level < goal:
+        over = found.spte
+        if found.level < goal:  # a table is in the way of a huge page; for make_spte() of the TDP MMU it is a W=1 SPTE
             self.sptep, self.old_spte = m.page_tables.entry_at(self.root, self.gfn, goal), 0
-            freed = m.page_tables.unlink(self.sptep)
-            m.kvm_flush_remote_tlbs()
-            m.page_tables.free(freed)
+            over = m.page_tables.read(self.sptep) if self.root.tdp_mmu else 0
+            m.drop_table(self.sptep)
         made = m.fmt.make_spte(
             self.page.pfn & -pages_per_level(goal),
             level=goal,
             ad_type=m.fmt.tdp_ad_type(self.root.ad_disabled, self.root.guest_mode, bool(m.hardware.cpu_dirty_log_size)),
-            old_spte=self.old_spte,
+            old_spte=over,
             host_writable=self.page.writable and not self.slot.readonly,
             write_tracked=self.gfn in m.write_tracked,
             nx_huge_pages=m.nx_huge_pages,
@@ -291,6 +299,14 @@ class PageFault(Operation):
             m.mark_page_dirty_in_slot(self.slot, self.gfn, m.vcpus[self.vcpu])
         self.todo = ["set_spte"] + ["x86_emulate_instruction"] * (made.wrprot and self.kind == "write")
         return None
+
+    def _goal_level(self, m: Machine) -> int:
+        """4K in a slot that logs, and for a fetch if huge pages are never executable; else as large as may be.
+        Source: kvm_mmu_hugepage_adjust(), v5.19."""
+        assert self.slot is not None
+        if self.slot.logs_dirty or (m.nx_huge_pages and self.kind == "fetch"):
+            return PG_LEVEL_4K
+        return kvm_mmu_max_mapping_level(m, self.slot, self.gfn)
 
     def _zap_larger(self, m: Machine) -> str:
         """A larger leaf is in the way. The legacy MMU drops it and flushes at once; the TDP MMU freezes it first, so that
@@ -303,16 +319,21 @@ class PageFault(Operation):
         return "a larger page is zapped"
 
     @step(lock="fault", keeps=True)
-    def unfreeze(self, m: Machine) -> None:
+    def unfreeze(self, m: Machine) -> str | None:
         """Source: tdp_mmu_zap_spte_atomic(), v5.19."""
         assert self.sptep is not None
+        if self._table_is_gone(m):
+            return "the table was removed meanwhile"
         m.page_tables.write(self.sptep, 0)
+        return None
 
     @step(lock="fault")
     def set_spte(self, m: Machine) -> str | None:
         """Store the leaf: compare and exchange in the TDP MMU, mmu_spte_update() in the legacy MMU.
         Source: tdp_mmu_map_handle_target_level(), mmu_set_spte(), v5.19."""
         assert self.sptep is not None
+        if self._table_is_gone(m):
+            return "the table was removed meanwhile"
         now = m.page_tables.read(self.sptep)
         if self.root.tdp_mmu and now != self.old_spte:
             self._over(m, Outcome.RETRY)
@@ -326,10 +347,22 @@ class PageFault(Operation):
             self._over(m, Outcome.SLOW_FAULT)
         return "spurious" if now == self.new_spte else None
 
+    def _table_is_gone(self, m: Machine) -> bool:
+        """Whether another fault, which also holds the lock for read, removed the table; if so, try again."""
+        assert self.sptep is not None
+        gone = self.sptep.table not in m.page_tables.tables
+        if gone:
+            self._over(m, Outcome.RETRY)
+        return gone
+
     @step()
     def x86_emulate_instruction(self, m: Machine) -> None:
         """KVM does the write itself, and knows it."""
-        m.mark_page_dirty_in_slot(m.memslots.gfn_to_memslot(self.gfn), self.gfn, m.vcpus[self.vcpu])
+        slot = m.memslots.gfn_to_memslot(self.gfn)
+        if slot is None or slot.invalid or slot.readonly:
+            self._over(m, Outcome.MMIO)
+            return
+        m.mark_page_dirty_in_slot(slot, self.gfn, m.vcpus[self.vcpu])
         m.note_write(self.gfn)
         self._over(m, Outcome.EMULATED)
 
@@ -348,7 +381,10 @@ def complete(m: Machine, vcpu: VcpuState, kind: str, gfn: int, root: Root) -> Ou
             handled: Outcome = m.run(vcpu.fault)
             if handled in (Outcome.EMULATED, Outcome.MMIO):
                 return handled
-            if handled is Outcome.RETRY:  # the others go on meanwhile: notifiers, memslot changes
-                for operation in [op for op in m.in_flight if not isinstance(op, PageFault)]:
-                    m.run(operation)
+            if (
+                handled is Outcome.RETRY
+            ):  # the others go on meanwhile: notifiers, memslot changes, faults under the lock
+                for operation in [op for op in m.in_flight if op.lock or not isinstance(op, PageFault)]:
+                    with suppress(OSError):  # one that waited for its turn may be refused
+                        m.run(operation)
             took = Outcome.FAST_FAULT if handled is Outcome.FAST_FAULT and took is None else Outcome.SLOW_FAULT

@@ -25,14 +25,13 @@ class HostPage(NamedTuple):
 class HostMemory:
     """Backs every user address with a frame. ``level`` is the page size the host uses (1, 2 or 3).
 
-    ``dirty`` and ``accessed`` hold the frames whose ``struct page`` KVM marked. They are not the dirty bitmap.
+    ``dirty`` holds the frames whose ``struct page`` KVM marked dirty. It is not the dirty bitmap.
     """
 
     level: int = PG_LEVEL_4K
     pages: dict[int, HostPage] = field(default_factory=dict)  # by user page number; what differs from the default
     next_pfn: int = FRESH_PFN
     dirty: set[int] = field(default_factory=set)
-    accessed: set[int] = field(default_factory=set)
 
     def lookup(self, hva: int) -> HostPage:
         """Return what backs the user address ``hva`` (bytes)."""

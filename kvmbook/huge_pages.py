@@ -39,14 +39,14 @@ def tdp_mmu_split_huge_pages(m: Machine, start: int, end: int) -> None:
     for level in range(KVM_MAX_HUGEPAGE_LEVEL, PG_LEVEL_4K, -1):
         for table, span, leaf in m.page_tables.tdp_leaves(start, end, min_level=level, max_level=level):
             for index in np.flatnonzero(leaf):
-                m.page_tables.split(Sptep(table.pfn, span.start + int(index)))
+                m.page_tables.split(Sptep(table.pfn, span.start + int(index)), m.nx_huge_pages)
 
 
 def shadow_mmu_split_huge_pages(m: Machine, start: int, end: int) -> None:
     """The same for the huge pages of nested guests (v6.0, ada51a9de725). Source: mmu/mmu.c."""
     for level in range(KVM_MAX_HUGEPAGE_LEVEL, PG_LEVEL_4K, -1):
         for sptep in m.page_tables.rmap_leaves(start, end, min_level=level, max_level=level):
-            m.page_tables.split(sptep)
+            m.page_tables.split(sptep, m.nx_huge_pages)
 
 
 def zap_collapsible_rmap_sptes(m: Machine, slot: MemorySlot) -> bool:
@@ -69,7 +69,4 @@ def zap_collapsible_tdp_sptes(m: Machine, slot: MemorySlot) -> None:
         first = table.gfn(span.start + int(np.argmax(leaf)))
         level = kvm_mmu_max_mapping_level(m, slot, first)
         if level > table.level and table.pfn in m.page_tables.tables:
-            parent = m.page_tables.entry_at(table.root, first, level)
-            freed = m.page_tables.unlink(parent)
-            m.kvm_flush_remote_tlbs()
-            m.page_tables.free(freed)
+            m.drop_table(m.page_tables.entry_at(table.root, first, level))

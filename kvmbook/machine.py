@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
@@ -18,7 +19,7 @@ from kvmbook.hardware import Hardware
 from kvmbook.host import HostMemory
 from kvmbook.kernel import Kernel
 from kvmbook.memslots import DirtyRing, MemorySlot, Memslots
-from kvmbook.page_tables import PageTables, Root
+from kvmbook.page_tables import PageTables, Root, Sptep
 from kvmbook.spte import KVM_MAX_HUGEPAGE_LEVEL, PG_LEVEL_4K, SpteFormat
 from kvmbook.tlb import Tlb
 
@@ -71,15 +72,26 @@ class Operation:
     marked by `step`. A step may change ``todo``: that is how an operation decides and how it repeats."""
 
     actor: ClassVar[str] = "user space"
-    needs_slots_lock: ClassVar[bool] = False
 
     todo: list[str] = field(default_factory=list, init=False)
+    started: bool = field(default=False, init=False)
+    refusal: OSError | None = field(default=None, init=False)
     lock: str | None = field(default=None, init=False)
     result: Any = field(default=None, init=False)
 
     def begin(self, m: Machine) -> None:
         """Check the arguments, raise OSError or ValueError, and set ``todo``. Must not change the machine."""
         raise NotImplementedError
+
+    @property
+    def needs_slots_lock(self) -> bool:
+        """Whether it holds slots_lock, or waits for it: such operations go one after the other."""
+        return False
+
+    @step()
+    def mutex_lock(self, m: Machine) -> None:
+        """slots_lock is free now; only now can the arguments be checked."""
+        self.begin(m)
 
     @property
     def who(self) -> str:
@@ -119,13 +131,15 @@ class Operation:
 @dataclass
 class VcpuState:
     """One vCPU. ``pml``: the gfns in its page-modification log, oldest first. ``kicked``: asked to leave the guest.
-    ``fault``: the page fault that KVM is handling for it, if any; meanwhile it is outside the guest."""
+    ``guest_mode``: it was running the nested guest last. ``fault``: the page fault that KVM is handling for it, if any;
+    meanwhile it is outside the guest."""
 
     id: int
     tlb: Tlb = field(default_factory=Tlb)
     pml: list[int] = field(default_factory=list)
     dirty_ring: DirtyRing | None = None
     kicked: bool = False
+    guest_mode: bool = False
     fault: Operation | None = None
 
     @property
@@ -171,8 +185,15 @@ class Machine:
     # ---- running operations -----------------------------------------------------------------------------------------
 
     def start(self, operation: Operation) -> Operation:
-        """Put an operation in flight, none of its steps done. Raises what its checks raise, and then changes nothing."""
-        operation.begin(self)
+        """Put an operation in flight, none of its steps done. Raises what its checks raise, and then changes nothing;
+        if slots_lock is taken, the checks wait for it. ValueError for an operation that was started before."""
+        if operation.started:
+            raise ValueError(f"this {type(operation).__name__} was started already; make a new one")
+        if operation.needs_slots_lock and any(op.needs_slots_lock for op in self.in_flight):
+            operation.todo = ["mutex_lock"]
+        else:
+            operation.begin(self)
+        operation.started = True
         if operation.todo:
             self.in_flight.append(operation)
         return operation
@@ -188,7 +209,12 @@ class Machine:
         operation.lock = operation.lock or operation.wants_lock(name)
         del operation.todo[0]
         self.record(operation.who, name, where)
-        note = method(self)
+        try:
+            note = method(self)
+        except OSError as refusal:  # it is over, and has changed nothing
+            operation.refusal = refusal
+            self.in_flight.remove(operation)
+            raise
         if note:
             self.log[logged] = self.log[logged]._replace(note=note)
         if not (getattr(method, "keeps") and operation.todo and operation.wants_lock(operation.todo[0])):
@@ -197,18 +223,21 @@ class Machine:
             self.in_flight.remove(operation)
 
     def run(self, operation: Operation) -> Any:
-        """Do all steps of an operation and return its result. Where it must wait, those it waits for go on. A vCPU that
-        is kicked leaves the guest at once."""
-        if operation not in self.in_flight:
+        """Do all steps that an operation has left, and return its result. Where it must wait, those it waits for go on. A
+        vCPU that is kicked leaves the guest at once."""
+        if not operation.started:
             self.start(operation)
         while operation.todo:
             mover = operation
             while blockers := mover.waits_for(self, mover.todo[0]):
                 mover = blockers[0]
-            self.step(mover)
+            with suppress(*() if mover is operation else (OSError,)):  # another's refusal is not ours
+                self.step(mover)
             for vcpu in self.vcpus:
                 if vcpu.kicked:
                     self.vcpu_exit(vcpu)
+        if operation.refusal is not None:
+            raise operation.refusal
         return operation.result
 
     def record(self, actor: str, step: str, gfn: int | None = None, note: str = "") -> None:
@@ -218,9 +247,11 @@ class Machine:
     # ---- what vCPUs are made to do ----------------------------------------------------------------------------------
 
     def vcpu_exit(self, vcpu: VcpuState) -> None:
-        """Leave the guest and come back. Every exit drains the PML buffer; none flushes the TLB."""
+        """Leave the guest and come back. Every exit from L1 drains the PML buffer; none flushes the TLB."""
         vcpu.kicked = False
         self.counters.exits += 1
+        if vcpu.guest_mode:
+            return
         logged, vcpu.pml = vcpu.pml, []
         for gfn in logged:
             self.mark_page_dirty_in_slot(self.memslots.gfn_to_memslot(gfn), gfn, vcpu)
@@ -270,6 +301,21 @@ class Machine:
             visited.append((old, answer))
         return visited
 
+    def drop_table(self, sptep: Sptep) -> None:
+        """Cut off a table with all that hangs below it, flush, and give the tables back."""
+        freed, dropped = self.page_tables.unlink(sptep)
+        for spte in dropped:
+            self.tell_host(spte, 0)
+        self.kvm_flush_remote_tlbs()
+        self.page_tables.free(freed)
+
+    def zap_all(self) -> None:
+        """Drop every tree of the VM, and flush. Source: kvm_mmu_zap_all_fast(), v5.19."""
+        for _, _, _, spte in self.page_tables.leaves():
+            self.tell_host(spte, 0)
+        self.page_tables.zap_all()
+        self.kvm_flush_remote_tlbs()
+
     def tell_host(self, old: Spte, new: Spte) -> None:
         """Mark the host's frame dirty when an SPTE stops being dirty. This is ``struct page``, not the dirty bitmap."""
         ended = self.fmt.is_dirty_spte(old) & (self.fmt.is_dirty_spte(new) == 0)
@@ -281,7 +327,7 @@ class Machine:
     def have_rmaps(self) -> bool:
         """Whether a slot-wide pass must visit the rmaps: the TDP MMU is off, or a nested guest has run.
         Source: kvm_memslots_have_rmaps(), v5.19."""
-        return not self.hardware.tdp_mmu or any(not root.tdp_mmu for root in self.page_tables.roots)
+        return not self.hardware.tdp_mmu or self.page_tables.shadow_root_allocated
 
     @property
     def pml_on(self) -> bool:
@@ -291,7 +337,7 @@ class Machine:
     def mark_page_dirty_in_slot(self, slot: MemorySlot | None, gfn: int, vcpu: VcpuState | None) -> None:
         """Log a write, if the slot logs: in the running vCPU's ring if rings are used, else in the bitmap.
         Source: mark_page_dirty_in_slot(), v5.19."""
-        if slot is None or not slot.logs_dirty:
+        if slot is None or not slot.logs_dirty or slot.invalid:
             return
         if self.dirty_ring_size:
             if vcpu is None or vcpu.dirty_ring is None:
@@ -306,12 +352,14 @@ class Machine:
         self.watched.add((slot.as_id, slot.id))
 
     def unwatch(self, slot: MemorySlot) -> None:
+        """User space relies on it no longer."""
         self.watched.discard((slot.as_id, slot.id))
-        self.written.difference_update(range(slot.base_gfn, slot.end_gfn))
+        if slot.as_id == 0:
+            self.written = {gfn for gfn in self.written if gfn not in slot}
 
     def note_write(self, gfn: int) -> None:
-        """The guest's memory at ``gfn`` has changed. KVM may or may not know."""
-        if any(gfn in self.memslots.slots[key] for key in self.watched):
+        """The guest's memory at ``gfn`` has changed. KVM may or may not know. (vCPUs run in address space 0.)"""
+        if any(as_id == 0 and gfn in self.memslots.slots[as_id, number] for as_id, number in self.watched):
             self.written.add(gfn)
 
     def knows_of_write(self, slot: MemorySlot, gfn: int) -> bool:
@@ -336,7 +384,8 @@ class Machine:
         return copy.deepcopy(self, {id(self.log): list(self.log)})
 
     def state(self) -> Any:
-        """A hashable value that is equal for two machines with the same future: all but the log and the counters."""
+        """A hashable value: machines with equal states have equal futures. (Not the other way round: numbers that only
+        count up are in it too.) The log and the counters are not."""
         return freeze({f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("log", "counters")})
 
 

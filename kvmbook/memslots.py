@@ -160,6 +160,9 @@ class Memslots:
         Raises OSError: EINVAL, EEXIST. Source: virt/kvm/kvm_main.c: __kvm_set_memory_region(), and
         arch/x86/kvm/x86.c: kvm_arch_prepare_memory_region(), v5.19.
         """
+        for name, value in region._asdict().items():
+            if not 0 <= value < 1 << (32 if name in ("slot", "flags") else 64):
+                raise ValueError(f"{name} {value:#x} does not fit into struct kvm_userspace_memory_region")
         as_id, slot_id = region.slot >> 16, region.slot & 0xFFFF
         npages = region.memory_size >> PAGE_SHIFT
         base_gfn = region.guest_phys_addr >> PAGE_SHIFT

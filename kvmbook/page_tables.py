@@ -56,8 +56,8 @@ class PageTable:
         return self.base_gfn + index * pages_per_level(self.level)
 
     def span(self, start: int, end: int) -> slice:
-        """The entries that cover any gfn of [start, end)."""
-        first, last = self.index(start), self.index(end - 1) + 1
+        """The entries from the one that covers ``start`` to the last that begins before ``end``."""
+        first, last = self.index(start), -(-(end - self.base_gfn) // pages_per_level(self.level))
         return slice(min(max(first, 0), SPTES_PER_TABLE), min(max(last, 0), SPTES_PER_TABLE))
 
 
@@ -85,6 +85,7 @@ class PageTables:
     roots: dict[Root, int] = field(default_factory=dict)
     rmaps: dict[tuple[int, int], list[Sptep]] = field(default_factory=dict)
     next_pfn: int = FIRST_TABLE_PFN
+    shadow_root_allocated: bool = False
 
     # ---- one entry --------------------------------------------------------------------------------------------------
 
@@ -134,6 +135,7 @@ class PageTables:
         and at a frozen entry."""
         if root not in self.roots:
             self.roots[root] = self._new_table(root, ROOT_LEVEL, 0)
+            self.shadow_root_allocated |= not root.tdp_mmu
         found = self.walk(root, gfn)
         assert found is not None
         while found.level > level and found.spte == 0:
@@ -154,10 +156,10 @@ class PageTables:
 
     # ---- whole tables -----------------------------------------------------------------------------------------------
 
-    def split(self, sptep: Sptep) -> None:
+    def split(self, sptep: Sptep, nx_huge_pages: bool) -> None:
         """Replace a huge leaf by a table of its 512 parts. Source: tdp_mmu_split_huge_page(), v5.19."""
         parent = self.tables[sptep.table]
-        children = self.fmt.make_huge_page_split_spte(self.read(sptep), parent.level)
+        children = self.fmt.make_huge_page_split_spte(self.read(sptep), parent.level, nx_huge_pages)
         child = self._new_table(parent.root, parent.level - 1, parent.gfn(sptep.entry))
         if parent.root.tdp_mmu:
             self.tables[child].sptes[:] = children
@@ -166,20 +168,24 @@ class PageTables:
                 self.write(Sptep(child, index), int(spte))
         self.link(sptep, child)
 
-    def unlink(self, sptep: Sptep) -> list[int]:
-        """Cut the entry off (0), freeze all that hangs below it, and return the frames of the tables to free after a
-        flush: until then a CPU may still walk through them. Source: handle_removed_pt(), v5.19."""
-        freed: list[int] = []
+    def unlink(self, sptep: Sptep) -> tuple[list[int], list[int]]:
+        """Cut the entry off (0) and freeze all that hangs below it. Returns the frames of the tables to free after a flush
+        (until then a CPU may still walk through them), and the leaves that went. Source: handle_removed_pt(), v5.19."""
         spte, level = self.read(sptep), self.tables[sptep.table].level
         self.write(sptep, 0)
-        if self.fmt.is_shadow_present_pte(spte) and not self.fmt.is_last_spte(spte, level):
-            child = self.fmt.pfn(spte)
-            for index in np.flatnonzero(self.tables[child].sptes):
-                freed += self.unlink(Sptep(child, int(index)))
-            if self.tables[child].root.tdp_mmu:
-                self.tables[child].sptes[:] = REMOVED_SPTE
-            freed.append(child)
-        return freed
+        if not self.fmt.is_shadow_present_pte(spte):
+            return [], []
+        if self.fmt.is_last_spte(spte, level):
+            return [], [spte]
+        child = self.fmt.pfn(spte)
+        freed, dropped = [child], []
+        for index in np.flatnonzero(self.tables[child].sptes):
+            below = self.unlink(Sptep(child, int(index)))
+            freed += below[0]
+            dropped += below[1]
+        if self.tables[child].root.tdp_mmu:
+            self.tables[child].sptes[:] = REMOVED_SPTE
+        return freed, dropped
 
     def free(self, frames: list[int]) -> None:
         """Give tables back. The caller has flushed."""
@@ -187,7 +193,7 @@ class PageTables:
             del self.tables[pfn]
 
     def zap_all(self) -> None:
-        """Forget every tree. The caller flushes. Source: kvm_mmu_zap_all_fast()."""
+        """Forget every tree. The caller flushes."""
         self.tables.clear()
         self.roots.clear()
         self.rmaps.clear()
@@ -201,7 +207,7 @@ class PageTables:
         its entries in question, and which of those are present leaves. Source: for_each_tdp_pte_min_level()."""
         found = []
         for root, pfn in self.roots.items():
-            for table in self._tables_over(pfn, start, end) if root.tdp_mmu and start < end else ():
+            for table in self._tables_over(pfn, start, end) if root.tdp_mmu else ():
                 sptes = table.sptes[span := table.span(start, end)]
                 leaf = self.fmt.is_shadow_present_pte(sptes) & self.fmt.is_last_spte(sptes, table.level)
                 if min_level <= table.level <= max_level and leaf.any():

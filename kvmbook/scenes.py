@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from kvmbook.hardware import Hardware
-from kvmbook.ioctls import kvm_mmu_slot_apply_flags
 from kvmbook.kernel import FlushPolicy, FlushRule, Kernel
+from kvmbook.memory_regions import kvm_mmu_slot_apply_flags
 from kvmbook.memslots import KVM_MEM_LOG_DIRTY_PAGES, Change
 from kvmbook.spte import SpteFormat
 from kvmbook.tlb import TlbEntry

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 
 from kvmbook.access_tracking import ChangePte, ClearFlushYoung, ClearYoung, InvalidateRange, TestYoung
+from kvmbook.dirty_log import ClearDirtyLog, GetDirtyLog, ResetDirtyRings
 from kvmbook.faults import Outcome, access, complete
 from kvmbook.hardware import Hardware
 from kvmbook.host import USER_BASE, HostMemory
-from kvmbook.ioctls import ClearDirtyLog, GetDirtyLog, ResetDirtyRings, SetUserMemoryRegion, TrackGuestPageTable
 from kvmbook.kernel import Kernel
 from kvmbook.machine import Machine, VcpuState
+from kvmbook.memory_regions import SetUserMemoryRegion
 from kvmbook.memslots import (
     DIRTY_GFN_SIZE,
     KVM_MEM_LOG_DIRTY_PAGES,
@@ -25,8 +26,9 @@ from kvmbook.memslots import (
     refuse,
 )
 from kvmbook.page_tables import PageTables, Root
-from kvmbook.spte import PAGE_SHIFT, PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K
+from kvmbook.spte import PAGE_SHIFT, PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K, pages_per_level
 from kvmbook.tlb import Tlb
+from kvmbook.wrprot import TrackGuestPageTable
 
 PAGE_LEVELS = {"4K": PG_LEVEL_4K, "2M": PG_LEVEL_2M, "1G": PG_LEVEL_1G}
 
@@ -200,7 +202,8 @@ class Vm(Machine):
 
     def enable_manual_dirty_log_protect(self, initially_set: bool = False) -> None:
         """KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: GET only reports, CLEAR re-arms; ``initially_set``: enabling sets all bits and
-        protects nothing."""
+        protects nothing. (Together with a dirty ring there are no bits to set, and v5.19 and v6.0 still protect nothing:
+        writes are lost. The model does as the kernel does.)"""
         self.enable_cap_manual_dirty_log_protect2(1 | 2 * initially_set)
 
     def enable_cap_manual_dirty_log_protect2(self, args: int) -> None:
@@ -229,11 +232,15 @@ class Vm(Machine):
     def missed_dirty(self, slot: int = 0) -> np.ndarray:
         """The gfns (ascending, int array) that were written since their last report, or since logging was enabled, and
         that no report will bring: not in the bitmap, a ring, a PML buffer, nor in the hands of an operation under way.
-        KVM has no such call: this is what the model is for."""
+        KVM has no such call: this is what the model is for. vCPUs run in address space 0: for other slots, always empty."""
         found = self.memslots.id_to_memslot(slot >> 16, slot & 0xFFFF)
         if found is None:
             raise refuse(errno.ENOENT, f"there is no slot {slot & 0xFFFF}")
-        missed = [gfn for gfn in sorted(self.written) if gfn in found and not self.knows_of_write(found, gfn)]
+        missed = [
+            gfn
+            for gfn in sorted(self.written)
+            if found.as_id == 0 and gfn in found and not self.knows_of_write(found, gfn)
+        ]
         return np.array(missed, dtype=np.int64)
 
     # ---- what the host does -----------------------------------------------------------------------------------------
@@ -259,7 +266,9 @@ class Vm(Machine):
         self.run(ChangePte(gfn, gfn + 1, self._slot_of(gfn), writable))
 
     def write_protect_host_page(self, gfn: int) -> None:
-        """Let the host map the page read-only until it is written, as a fresh page may be. For pages not yet mapped."""
+        """Let the host map the page read-only until it is written, as a fresh page may be. ValueError if it is mapped."""
+        if any(first <= gfn < first + pages_per_level(level) for _, first, level, _ in self.page_tables.leaves()):
+            raise ValueError(f"gfn {gfn:#x} is mapped already; use change_pte")
         self.host.protect(self._slot_of(gfn).hva(gfn))
 
     def track_guest_page_table(self, gfn: int) -> None:
@@ -271,8 +280,13 @@ class Vm(Machine):
         self.write_tracked.discard(gfn)
 
     def kvm_write_guest(self, gfn: int, vcpu: int = 0) -> None:
-        """KVM itself writes guest memory, on behalf of a vCPU, and marks the page dirty. Source: kvm_vcpu_write_guest()."""
+        """KVM itself writes guest memory, on behalf of a vCPU, and marks the page dirty. OSError EFAULT.
+        Source: kvm_vcpu_write_guest()."""
         slot, state = self._slot_of(gfn), self.vcpu[vcpu].state
+        if slot.readonly or slot.invalid:
+            raise refuse(errno.EFAULT, f"gfn {gfn:#x} lies in a slot that is read-only or about to go")
+        if state.dirty_ring is not None and len(state.dirty_ring.entries) == state.dirty_ring.size:
+            raise ValueError(f"{state.name}'s dirty ring is full: harvest and reset it first")
         self.mark_page_dirty_in_slot(slot, gfn, state)
         self.note_write(gfn)
         self.record("KVM", "kvm_write_guest", gfn)

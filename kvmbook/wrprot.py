@@ -7,13 +7,14 @@ by page; *guarding a guest's page table* needs a promise that no CPU can write, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 
 from kvmbook.arrays import Spte, Truth
 from kvmbook.huge_pages import shadow_mmu_split_huge_pages, tdp_mmu_split_huge_pages
-from kvmbook.machine import Machine
+from kvmbook.machine import Machine, Operation, step
 from kvmbook.memslots import MemorySlot
 from kvmbook.spte import KVM_MAX_HUGEPAGE_LEVEL, PG_LEVEL_2M, PG_LEVEL_4K, Changed, pages_per_level
 
@@ -58,6 +59,8 @@ def kvm_tdp_mmu_clear_dirty_slot(m: Machine, start: int, end: int) -> bool:
 def kvm_arch_mmu_enable_log_dirty_pt_masked(m: Machine, slot: MemorySlot, gfns: list[int]) -> None:
     """Make the next write to each of ``gfns`` (ascending, not empty) visible again. The caller flushes, whatever changed.
     Source: arch/x86/kvm/mmu/mmu.c, v5.19."""
+    if slot.as_id:
+        return  # no vCPU of this model runs there: nothing is mapped
     if m.initially_set:
         first, last = gfns[0], gfns[-1]
         if m.eager_page_split and m.hardware.tdp_mmu:
@@ -98,3 +101,33 @@ def kvm_mmu_slot_gfn_write_protect(m: Machine, gfn: int, min_level: int = PG_LEV
     visited = m.update_rmap_leaves(gfn, gfn + 1, protect, min_level, KVM_MAX_HUGEPAGE_LEVEL)
     visited += m.update_tdp_leaves(gfn, gfn + 1, m.fmt.tdp_write_protect, min_level)
     return any(np.any(answer.changed) for _, answer in visited)
+
+
+@dataclass(eq=False)
+class TrackGuestPageTable(Operation):
+    """KVM starts to shadow the guest page table at ``gfn``: nobody may write it unseen once the lock is dropped.
+    Source: kvm_slot_page_track_add_page(), account_shadowed(), v5.19."""
+
+    actor: ClassVar[str] = "KVM"
+
+    gfn: int
+
+    def begin(self, m: Machine) -> None:
+        if m.memslots.gfn_to_memslot(self.gfn) is None:
+            raise ValueError(f"gfn {self.gfn:#x} is in no slot")
+        self.todo = ["kvm_mmu_slot_gfn_write_protect"]
+
+    @property
+    def where(self) -> int:
+        return self.gfn
+
+    @step(lock="write", keeps=True)
+    def kvm_mmu_slot_gfn_write_protect(self, m: Machine) -> str:
+        m.write_tracked.add(self.gfn)
+        owed = kvm_mmu_slot_gfn_write_protect(m, self.gfn)
+        self.todo = ["kvm_flush_remote_tlbs"] * owed
+        return "flush before unlock" if owed else "no CPU can write"
+
+    @step(lock="write")
+    def kvm_flush_remote_tlbs(self, m: Machine) -> None:
+        m.kvm_flush_remote_tlbs()

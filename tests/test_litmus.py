@@ -9,8 +9,9 @@ import pytest
 from conftest import BASE, HARDWARE, log, make_vm, missed, reported
 
 from kvmbook import FlushPolicy, Hardware, Kernel, Outcome, Vm
+from kvmbook.dirty_log import GetDirtyLog
 from kvmbook.invariants import check
-from kvmbook.ioctls import GetDirtyLog, SetUserMemoryRegion
+from kvmbook.memory_regions import SetUserMemoryRegion
 from kvmbook.memslots import MemoryRegion
 
 NO_AD = HARDWARE["ept_no_ad"]
@@ -667,7 +668,7 @@ def test_an_unlinked_table_can_still_be_walked_until_the_flush():
     vm.vcpu[0].read(BASE)
     assert vm.vcpu[0].tlb.tables
     parent = vm.page_tables.entry_at(vm.l1_root, BASE, 2)
-    freed = vm.page_tables.unlink(parent)
+    freed, _ = vm.page_tables.unlink(parent)
     vm.vcpu[0].tlb.entries.clear()
     assert vm.vcpu[0].attempt("write", BASE) is Outcome.FAULT
     vm.kvm_flush_remote_tlbs()

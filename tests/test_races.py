@@ -3,10 +3,11 @@
 import pytest
 from conftest import BASE, HARDWARE, log, make_vm, missed, reported
 
-from kvmbook import Kernel, Outcome
+from kvmbook import Kernel, Outcome, Vm
 from kvmbook.access_tracking import ClearYoung, InvalidateRange
+from kvmbook.dirty_log import GetDirtyLog, ResetDirtyRings
 from kvmbook.invariants import check
-from kvmbook.ioctls import GetDirtyLog, TrackGuestPageTable
+from kvmbook.wrprot import TrackGuestPageTable
 
 
 def until(vm, operation, name):
@@ -167,3 +168,193 @@ def test_a_state_can_be_copied_compared_and_gone_back_to():
     kept.run(kept.vcpu[0].fault)
     assert kept.state() == vm.state()
     assert reported(kept) == [BASE] and vm.dirty_bitmap()[0]
+
+
+# ---- corners -------------------------------------------------------------------------------------------------------
+
+
+def test_a_fault_whose_table_another_fault_removed_tries_again():
+    """TDP MMU faults share the lock: one maps a huge page over the table in which another is about to store."""
+    vm = make_vm(HARDWARE["npt"], npages=512, page_size="2M")
+    late = until(vm, fault(vm, 0, "read"), "make_spte")  # began before logging: it wants a huge page
+    enable = vm.start(vm.user_memory_region(0, BASE, 512, log_dirty_pages=True))
+    vm.step(enable)
+    small = until(vm, fault(vm, 1, "read", BASE + 1), "set_spte")  # began after: it wants a 4K page
+    vm.step(late)
+    assert vm.run(small) is Outcome.RETRY
+    vm.run(enable)
+    check(vm)
+    assert vm.level(BASE) == 1 or not vm.fmt.is_writable_pte(vm.spte(BASE))
+
+
+def test_an_access_waits_for_another_vcpus_frozen_entry():
+    vm = make_vm(HARDWARE["npt"], Kernel.v6_0, npages=512, page_size="2M", eager_page_split=False)
+    vm.vcpu[0].read(BASE)
+    log(vm)
+    until(vm, fault(vm, 0, "write"), "unfreeze")
+    assert vm.vcpu[1].read(BASE + 1) is Outcome.SLOW_FAULT
+
+
+def test_what_waits_for_slots_lock_is_checked_when_it_has_it():
+    vm = make_vm(kernel=Kernel.v6_0)
+    vm.vcpu[0].write(BASE)
+    enable = vm.start(vm.user_memory_region(0, BASE, 64, log_dirty_pages=True))
+    vm.step(enable)
+    assert vm.get_dirty_log(0).shape == (64,)  # waited for enabling, so there is a log
+    off, on, get = (
+        vm.start(vm.user_memory_region(0, BASE, 64)),
+        vm.start(vm.user_memory_region(0, BASE, 64, log_dirty_pages=True)),
+        vm.start(GetDirtyLog(0)),
+    )
+    vm.run(get)
+    assert not off.todo and not on.todo and vm.memslots.id_to_memslot(0, 0).logs_dirty
+    vm.vcpu[0].write(BASE)
+    assert missed(vm) == []
+
+    deletions = [vm.start(vm.user_memory_region(0)) for _ in range(2)]
+    vm.run(deletions[0])
+    with pytest.raises(OSError, match="there is no slot 0"):
+        vm.run(deletions[1])
+    assert vm.in_flight == []
+
+
+def test_an_operation_is_done_once():
+    vm = make_vm(kernel=Kernel.v6_0)
+    log(vm)
+    vm.vcpu[0].write(BASE)
+    first, second = vm.start(GetDirtyLog(0)), vm.start(GetDirtyLog(0))
+    assert not vm.run(second).any()
+    assert vm.run(first)[0]  # finished meanwhile: its report is kept
+    with pytest.raises(ValueError, match="started already"):
+        vm.start(first)
+    with pytest.raises(ValueError, match="is over"):
+        vm.step(first)
+
+
+def test_copy_on_write_is_broken_once_and_flushes_only_if_something_was_mapped():
+    vm = make_vm()
+    vm.write_protect_host_page(BASE)
+    with pytest.raises(ValueError, match="is mapped already"):
+        vm.vcpu[0].read(BASE + 1)
+        vm.write_protect_host_page(BASE + 1)
+    both = [until(vm, fault(vm, cpu, "write"), "do_wp_page") for cpu in (0, 1)]
+    for one in both:
+        vm.run(one)
+    assert vm.host.next_pfn - vm.host.lookup(vm.memslots.slots[0, 0].hva(BASE)).pfn == 1
+    assert vm.counters.flushes == 0
+
+
+@pytest.mark.parametrize("name", ["npt", "npt_legacy"])
+def test_nx_huge_pages_are_fetched_from_as_4k(name):
+    vm = make_vm(HARDWARE[name], Kernel.v6_0, npages=1024, page_size="2M", nx_huge_pages=True)
+    vm.vcpu[0].read(BASE)
+    assert vm.level(BASE) == 2
+    assert vm.vcpu[0].fetch(BASE) is Outcome.SLOW_FAULT
+    assert vm.level(BASE) == 1
+    vm.vcpu[0].write(BASE + 1)
+    assert vm.level(BASE) == vm.level(BASE + 1) == 1  # the table stays
+    vm.vcpu[0].write(BASE + 512)
+    log(vm)
+    if name == "npt":
+        assert vm.level(BASE + 600) == 1 and vm.fmt.is_executable_pte(vm.spte(BASE + 600))
+
+
+def test_a_huge_page_made_over_a_table_is_clean_in_the_tdp_mmu():
+    """make_spte() sees a non-leaf SPTE, which has W: it skips setting D, as over a writable leaf."""
+    for name, dirty in (("npt", False), ("npt_legacy", True)):
+        vm = make_vm(HARDWARE[name], npages=512, page_size="2M")
+        vm.track_guest_page_table(BASE + 9)
+        vm.vcpu[0].read(BASE)
+        vm.untrack_guest_page_table(BASE + 9)
+        vm.vcpu[0].read(BASE + 1)
+        assert vm.level(BASE) == 2
+        assert vm.fmt.is_dirty_spte(vm.spte(BASE)) == dirty
+
+
+def test_address_space_1_has_no_pages_of_the_vcpus():
+    for kernel in (Kernel.v5_19, Kernel.v6_0):
+        vm = make_vm(kernel=kernel)
+        vm.set_user_memory_region(slot=1 << 16, base_gfn=BASE, npages=64)
+        vm.vcpu[0].write(BASE)
+        spte = vm.spte(BASE)
+        vm.set_user_memory_region(slot=1 << 16, base_gfn=BASE, npages=64, log_dirty_pages=True)
+        assert vm.spte(BASE) == spte
+        vm.vcpu[0].write(BASE)
+        assert missed(vm, 1 << 16) == []
+        check(vm)
+
+
+def test_tracking_ends_with_the_slot_and_read_only_slots_are_not_written():
+    vm = make_vm(kernel=Kernel.v6_0)
+    vm.track_guest_page_table(BASE)
+    vm.set_user_memory_region(slot=0)
+    vm.set_user_memory_region(slot=0, base_gfn=BASE, npages=64, readonly=True, log_dirty_pages=True)
+    assert vm.vcpu[0].write(BASE) is Outcome.MMIO
+    vm.vcpu[0].read(BASE)
+    vm.track_guest_page_table(BASE)
+    assert vm.vcpu[0].write(BASE) is Outcome.MMIO
+    with pytest.raises(OSError, match="read-only"):
+        vm.kvm_write_guest(BASE)
+    assert not vm.dirty_bitmap().any() and missed(vm) == []
+
+
+def test_the_host_hears_of_dirty_pages_that_are_zapped():
+    vm = make_vm(HARDWARE["npt"], npages=512, page_size="2M")
+    vm.vcpu[0].write(BASE)
+    vm.set_user_memory_region(slot=0)
+    assert vm.host.dirty == {0x40200}
+    vm = make_vm(HARDWARE["npt"], Kernel.v6_0, npages=512, page_size="2M")
+    log(vm)
+    vm.vcpu[0].write(BASE + 3)
+    log(vm, False)
+    assert 0x40203 in vm.host.dirty
+
+
+def test_pml_is_switched_with_the_first_slot_and_the_last():
+    vm = make_vm(HARDWARE["pml"], Kernel.v6_0)
+    vm.set_user_memory_region(slot=1, base_gfn=0x4000, npages=8)
+    log(vm)
+    assert vm.pml_on
+    vm.vcpu[0].write(BASE)
+    reported(vm)
+    vm.vcpu[0].write(BASE)
+    enable = until(
+        vm, vm.start(vm.user_memory_region(1, 0x4000, 8, log_dirty_pages=True)), "kvm_mmu_update_cpu_dirty_logging"
+    )
+    vm.step(enable)
+    assert vm.vcpu[0].pml == [BASE]  # PML was on already: nobody had to leave the guest
+    vm.run(enable)
+    log(vm, False)
+    assert vm.pml_on
+    log(vm, False, slot=1)
+    assert not vm.pml_on
+
+
+def test_a_ring_is_reset_outside_slots_lock():
+    vm = make_vm_with_ring()
+    vm.vcpu[0].write(BASE)
+    vm.vcpu[0].dirty_ring.harvest()
+    reset = until(vm, vm.start(ResetDirtyRings()), "kvm_flush_remote_tlbs")
+    vm.set_user_memory_region(slot=1, base_gfn=0x9000, npages=1)  # need not wait
+    assert reset.todo
+    assert vm.vcpu[0].write(BASE) is Outcome.HIT  # before the flush: this reset's report covers it
+    assert missed(vm) == []
+    vm.run(reset)
+    assert vm.vcpu[0].write(BASE) is Outcome.FAST_FAULT
+
+
+def test_a_ring_batch_spans_less_than_64_pages():
+    vm = make_vm_with_ring(npages=256)
+    for page in (63, 0, 100):
+        vm.vcpu[0].write(BASE + page)
+    vm.vcpu[0].dirty_ring.harvest()
+    vm.run(ResetDirtyRings())
+    batches = [e.note for e in vm.log if e.step == "kvm_dirty_ring_reset"]
+    assert batches == ["2 entries", "1 entries", "0 entries"]
+
+
+def make_vm_with_ring(npages=64):
+    vm = Vm(HARDWARE["ept_no_ad"], Kernel.v6_0, vcpus=2)
+    vm.enable_dirty_ring(4096)
+    vm.set_user_memory_region(slot=0, base_gfn=BASE, npages=npages, log_dirty_pages=True)
+    return vm

@@ -1,0 +1,246 @@
+"""Reading the dirty log: KVM_GET_DIRTY_LOG, KVM_CLEAR_DIRTY_LOG, KVM_RESET_DIRTY_RINGS, as operations made of steps.
+
+They flush by what the log says, never by what happened to an SPTE.
+"""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from kvmbook import wrprot
+from kvmbook.machine import Machine, Operation, step
+from kvmbook.memslots import (
+    KVM_ADDRESS_SPACE_NUM,
+    KVM_USER_MEM_SLOTS,
+    MemorySlot,
+    bit_offsets,
+    refuse,
+    to_bits,
+    to_words,
+)
+
+
+@dataclass(eq=False)
+class DirtyLogOperation(Operation):
+    """What KVM_GET_DIRTY_LOG and KVM_CLEAR_DIRTY_LOG share: take bits word by word, re-arm those pages, and flush if any
+    bit was taken. *The flush depends on the bitmap, never on whether an SPTE changed.*
+
+    ``words`` are those still to take; ``taken`` the gfns whose bits were taken.
+    """
+
+    slot_number: int
+    slot: MemorySlot | None = field(default=None, init=False)
+    words: list[int] = field(default_factory=list, init=False)
+    taken: list[int] = field(default_factory=list, init=False)
+    word_gfns: list[int] = field(default_factory=list, init=False)
+
+    @property
+    def needs_slots_lock(self) -> bool:
+        return True
+
+    def find_slot(self, m: Machine, first_page: int = 0) -> MemorySlot:
+        """The slot, or OSError ENXIO, EINVAL or ENOENT."""
+        as_id, slot_id = self.slot_number >> 16, self.slot_number & 0xFFFF
+        if m.dirty_ring_size:
+            raise refuse(errno.ENXIO, "this VM logs to dirty rings: there is no bitmap")
+        if not 0 <= as_id < KVM_ADDRESS_SPACE_NUM or slot_id >= KVM_USER_MEM_SLOTS:
+            raise refuse(errno.EINVAL, f"address space {as_id}, slot {slot_id}: there is no such number")
+        if first_page % 64:
+            raise refuse(errno.EINVAL, f"first_page {first_page} is not a multiple of 64")
+        slot = m.memslots.id_to_memslot(as_id, slot_id)
+        if slot is None:
+            raise refuse(errno.ENOENT, f"there is no slot {slot_id}")
+        if slot.dirty_bitmap is None:
+            raise refuse(errno.ENOENT, f"slot {slot_id} does not log dirty pages")
+        return slot
+
+    def covers(self, slot: MemorySlot, gfn: int) -> bool:
+        """A taken bit is news until user space has it."""
+        return self.slot is not None and slot.id == self.slot.id and slot.as_id == self.slot.as_id and gfn in self.taken
+
+    @property
+    def live(self) -> np.ndarray:
+        assert self.slot is not None and self.slot.dirty_bitmap is not None
+        row: np.ndarray = self.slot.dirty_bitmap[0]
+        return row
+
+    @property
+    def buffer(self) -> np.ndarray:
+        assert self.slot is not None and self.slot.dirty_bitmap is not None
+        row: np.ndarray = self.slot.dirty_bitmap[1]
+        return row
+
+    @step()
+    def kick(self, m: Machine) -> None:
+        """Ask the vCPUs to leave the guest, which drains PML buffers. It does not wait."""
+        m.kick_all()
+
+    @step(lock="write", keeps=True)
+    def take_bits(self, m: Machine) -> str:
+        """Exchange the next word: the bits that are asked for become 0 and are ours."""
+        assert self.slot is not None
+        word = self.words.pop(0)
+        ours = self.take_word(word)
+        self.word_gfns = [self.slot.base_gfn + word * 64 + bit for bit in bit_offsets(ours)]
+        self.taken += self.word_gfns
+        self.todo = ["rearm"] * (ours != 0) + ["take_bits"] * bool(self.words) + self.ending(bool(self.taken))
+        return f"{len(self.word_gfns)} taken"
+
+    @step(lock="write", keeps=True)
+    def rearm(self, m: Machine) -> None:
+        """Make the next write to those pages visible again."""
+        assert self.slot is not None
+        wrprot.kvm_arch_mmu_enable_log_dirty_pt_masked(m, self.slot, self.word_gfns)
+
+    def take_word(self, word: int) -> int:
+        raise NotImplementedError
+
+    def ending(self, flush: bool) -> list[str]:
+        """The steps after the last word."""
+        return ["kvm_arch_flush_remote_tlbs_memslot"] * flush + ["copy_to_user"]
+
+    @step()
+    def kvm_arch_flush_remote_tlbs_memslot(self, m: Machine) -> None:
+        m.kvm_flush_remote_tlbs()
+
+    @step()
+    def copy_to_user(self, m: Machine) -> str:
+        """User space has the report, and will read those pages now: their writes so far are accounted for."""
+        m.written.difference_update(self.taken)
+        return f"{len(self.taken)} dirty"
+
+
+@dataclass(eq=False)
+class GetDirtyLog(DirtyLogOperation):
+    """Report the dirty pages of a slot, and re-arm them; with manual protect only report.
+    ``result``: bool array, one per page. Source: kvm_get_dirty_log_protect(), v5.19."""
+
+    def begin(self, m: Machine) -> None:
+        self.slot = self.find_slot(m)
+        self.todo = ["kick", "copy_live_bitmap" if m.manual_protect else "find_words"]
+
+    @step()
+    def copy_live_bitmap(self, m: Machine) -> None:
+        """Manual protect: nothing is cleared, protected or flushed."""
+        assert self.slot is not None
+        self.result = to_bits(self.live.copy(), self.slot.npages)
+
+    @step(lock="write", keeps=True)
+    def find_words(self, m: Machine) -> None:
+        """Zero the second half of the bitmap, and see which words are not zero."""
+        self.buffer[:] = 0
+        self.words = np.flatnonzero(self.live).tolist()
+        self.todo = ["take_bits"] if self.words else self.ending(False)
+
+    def take_word(self, word: int) -> int:
+        self.buffer[word], self.live[word] = self.live[word], 0
+        return int(self.buffer[word])
+
+    @step()
+    def copy_to_user(self, m: Machine) -> str:
+        assert self.slot is not None
+        self.result = to_bits(self.buffer.copy(), self.slot.npages)
+        return super().copy_to_user(m)
+
+
+@dataclass(eq=False)
+class ClearDirtyLog(DirtyLogOperation):
+    """Clear and re-arm the pages that user space names, if they are dirty.
+
+    ``bitmap``: bool array of shape (num_pages,), the pages from ``first_page`` of the slot.
+    Source: kvm_clear_dirty_log_protect(), v5.19.
+    """
+
+    first_page: int
+    num_pages: int
+    bitmap: np.ndarray
+
+    def begin(self, m: Machine) -> None:
+        first, count = self.first_page, self.num_pages
+        slot = self.find_slot(m, first)
+        if not 0 <= first <= slot.npages or not 0 <= count <= slot.npages - first:
+            raise refuse(errno.EINVAL, f"pages {first}..{first + count - 1} reach beyond the slot's {slot.npages}")
+        if count % 64 and first + count != slot.npages:
+            raise refuse(errno.EINVAL, f"num_pages {count} is neither a multiple of 64 nor up to the slot's end")
+        bits = np.asarray(self.bitmap, bool)
+        if bits.shape != (count,):
+            raise refuse(errno.EFAULT, f"a bitmap of shape {bits.shape} cannot be read as {count} pages")
+        self.slot, self.bitmap = slot, bits
+        self.todo = ["kick", "copy_from_user"]
+
+    @step()
+    def copy_from_user(self, m: Machine) -> None:
+        """Put the request into the second half of the bitmap."""
+        words, first = to_words(self.bitmap), self.first_page // 64
+        self.buffer[first : first + words.size] = words
+        self.words = (first + np.flatnonzero(words)).tolist()
+        self.todo = ["take_bits"] if self.words else self.ending(False)
+
+    def take_word(self, word: int) -> int:
+        ours = int(self.buffer[word] & self.live[word])
+        self.live[word] &= ~self.buffer[word]
+        return ours
+
+
+@dataclass(eq=False)
+class ResetDirtyRings(Operation):
+    """Free the ring entries that user space has harvested and re-arm their pages; flush once if there were any, after
+    slots_lock is dropped.
+    ``result``: how many entries. Source: kvm_vm_ioctl_reset_dirty_pages(), kvm_dirty_ring_reset(), v5.19."""
+
+    taken: list[tuple[int, int]] = field(default_factory=list, init=False)
+
+    @property
+    def needs_slots_lock(self) -> bool:
+        return not self.started or self.todo[:1] in (["mutex_lock"], ["kvm_dirty_ring_reset"])
+
+    def begin(self, m: Machine) -> None:
+        if not m.dirty_ring_size:
+            raise refuse(errno.EINVAL, "this VM has no dirty rings")
+        self.result = 0
+        self.todo = ["kvm_dirty_ring_reset"]
+
+    def covers(self, slot: MemorySlot, gfn: int) -> bool:
+        return (slot.as_id << 16 | slot.id, gfn - slot.base_gfn) in self.taken
+
+    @step(lock="write")
+    def kvm_dirty_ring_reset(self, m: Machine) -> str:
+        """Take the next batch: harvested neighbours within 64 gfns, of one ring and one slot."""
+        batch: list[tuple[int, int]] = []
+        for vcpu in m.vcpus:
+            ring = vcpu.dirty_ring
+            while ring is not None and (entry := ring.next_harvested) is not None:
+                pages = [page for _, page in (*batch, entry)]
+                if batch and (entry[0] != batch[0][0] or max(pages) - min(pages) >= 64):
+                    break
+                batch.append(entry)
+                ring.free_next()
+            if batch:
+                break
+        if batch:
+            slot = m.memslots.id_to_memslot(batch[0][0] >> 16, batch[0][0] & 0xFFFF)
+            pages = sorted({offset for _, offset in batch})
+            if slot is not None and pages[-1] < slot.npages:
+                wrprot.kvm_arch_mmu_enable_log_dirty_pt_masked(m, slot, [slot.base_gfn + page for page in pages])
+            self.taken += batch
+            self.todo = ["kvm_dirty_ring_reset"]
+        else:
+            self.todo = ["kvm_flush_remote_tlbs"] if self.taken else ["return_to_user_space"]
+        return f"{len(batch)} entries"
+
+    @step()
+    def kvm_flush_remote_tlbs(self, m: Machine) -> None:
+        m.kvm_flush_remote_tlbs()
+        self.todo = ["return_to_user_space"]
+
+    @step()
+    def return_to_user_space(self, m: Machine) -> None:
+        """User space reads the pages after the reset: their writes so far are accounted for."""
+        self.result = len(self.taken)
+        for slot_number, offset in self.taken:
+            slot = m.memslots.id_to_memslot(slot_number >> 16, slot_number & 0xFFFF)
+            if slot is not None:
+                m.written.discard(slot.base_gfn + offset)

@@ -1,0 +1,209 @@
+"""KVM_SET_USER_MEMORY_REGION: create, delete, move a slot, or change its flags, as an operation made of steps.
+
+`kvm_mmu_slot_apply_flags` is the decision tree that the seed patch (b64d740ea7dd) changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from kvmbook import huge_pages, wrprot
+from kvmbook.machine import Machine, Operation, step
+from kvmbook.memslots import Change, MemoryRegion, MemorySlot
+from kvmbook.spte import PG_LEVEL_2M, PG_LEVEL_4K
+
+
+def kvm_mmu_slot_apply_flags(m: Machine, change: Change, old: MemorySlot | None, new: MemorySlot | None) -> list[str]:
+    """The steps that x86 takes after a memslot change was published, in order: the decision tree, as a plan.
+
+    Source: arch/x86/kvm/x86.c: kvm_mmu_slot_apply_flags(), v5.19 and v6.0.
+    """
+    logged, logs = bool(old and old.logs_dirty), bool(new and new.logs_dirty)
+    pml = bool(m.hardware.cpu_dirty_log_size)
+    switch_pml = ["kvm_mmu_update_cpu_dirty_logging"] * (pml and logged != logs)
+    if change is not Change.FLAGS_ONLY or new is None or new.readonly:
+        return switch_pml
+    mapped = new.as_id == 0  # no vCPU of this model runs in another address space, so that none has tables there
+    rmaps, tdp = mapped and m.have_rmaps, mapped and m.hardware.tdp_mmu
+    if not logs:
+        return switch_pml + ["zap_collapsible_rmap_sptes"] * rmaps + ["zap_collapsible_tdp_sptes"] * tdp
+    if m.initially_set:
+        return switch_pml
+    plan = switch_pml
+    if m.eager_page_split and tdp:
+        plan += ["split_huge_rmap_sptes"] * (rmaps and m.kernel.eager_split_rmaps) + ["split_huge_tdp_sptes"]
+    unconditional = m.kernel.flush.unconditional
+    if pml:
+        plan += ["clear_dirty_rmap"] * rmaps + ["clear_dirty_tdp"] * tdp + ["flush_if_owed"] * (not unconditional)
+    plan += ["write_protect_rmap"] * rmaps + ["write_protect_tdp"] * tdp + ["flush_if_owed"] * (not unconditional)
+    return plan + ["flush_always"] * unconditional
+
+
+@dataclass(eq=False)
+class SetUserMemoryRegion(Operation):
+    """Create, delete or move a slot, or change its flags.
+
+    Learned on the way: ``flush``, whether a pass asked for a flush; ``cursor``, the next gfn of a pass.
+    Source: virt/kvm/kvm_main.c: kvm_set_memslot(), v5.19.
+    """
+
+    region: MemoryRegion
+    change: Change = Change.NONE
+    old: MemorySlot | None = None
+    new: MemorySlot | None = None
+    flush: bool = False
+    cursor: int | None = None
+
+    @property
+    def needs_slots_lock(self) -> bool:
+        return True
+
+    def begin(self, m: Machine) -> None:
+        self.todo = []
+        self.change, self.old, new = m.memslots.classify(self.region, m.hardware.maxphyaddr)
+        if self.change is Change.NONE:
+            return
+        if new is not None and new.logs_dirty and not m.dirty_ring_size:
+            bitmap = self.old.dirty_bitmap if self.old is not None else None
+            new = replace(new, dirty_bitmap=new.new_bitmap(m.initially_set) if bitmap is None else bitmap)
+        self.new = new
+        publish = ["kvm_swap_active_memslots", "synchronize_srcu"]
+        zap = ["kvm_invalidate_memslot", "synchronize_srcu", "kvm_mmu_zap_all_fast"]
+        self.todo = zap * (self.change in (Change.MOVE, Change.DELETE)) + publish + ["kvm_arch_commit_memory_region"]
+
+    def waits_for(self, m: Machine, name: str) -> list[Operation]:
+        """After the publication nothing goes on before each fault that began with the old slot is over."""
+        blockers = super().waits_for(m, name)
+        if name == "synchronize_srcu" and m.kernel.srcu_grace_period:
+            blockers += [
+                op for op in m.in_flight if getattr(op, "generation", m.memslots.generation) < m.memslots.generation
+            ]
+        return blockers
+
+    @property
+    def slot(self) -> MemorySlot:
+        """The slot as it will be, or, if it is deleted, as it was."""
+        slot = self.new or self.old
+        assert slot is not None
+        return slot
+
+    # ---- publication ------------------------------------------------------------------------------------------------
+
+    @step()
+    def kvm_invalidate_memslot(self, m: Machine) -> None:
+        """Replace the slot by an invalid copy, so that new faults keep off it."""
+        assert self.old is not None
+        m.unwatch(self.old)
+        m.memslots.publish(replace(self.old, invalid=True), self.old.as_id, self.old.id)
+
+    @step(lock="write")
+    def kvm_mmu_zap_all_fast(self, m: Machine) -> None:
+        """Drop all tables of the VM and flush; v5.19 does not zap by slot. Tracking of guest page tables ends with it."""
+        assert self.old is not None
+        m.zap_all()
+        m.write_tracked -= {gfn for gfn in m.write_tracked if gfn in self.old}
+
+    @step()
+    def kvm_swap_active_memslots(self, m: Machine) -> None:
+        """Publish: whoever looks a slot up from here on finds the new one."""
+        if not (self.new and self.new.logs_dirty):
+            m.unwatch(self.slot)
+        m.memslots.publish(self.new, self.slot.as_id, self.slot.id)
+
+    @step()
+    def synchronize_srcu(self, m: Machine) -> None:
+        """Every vCPU that was handling an exit with the old slot has finished. Then all are kicked: they leave the guest,
+        and nothing is flushed."""
+        m.kick_all()
+
+    @step()
+    def kvm_arch_commit_memory_region(self, m: Machine) -> None:
+        """Look at the change and plan the rest."""
+        self.todo = kvm_mmu_slot_apply_flags(m, self.change, self.old, self.new) + ["return_to_user_space"]
+
+    # ---- the steps of kvm_mmu_slot_apply_flags() --------------------------------------------------------------------
+
+    @step()
+    def kvm_mmu_update_cpu_dirty_logging(self, m: Machine) -> str:
+        """Switch PML with the first slot that logs and the last; each vCPU leaves the guest to do so."""
+        before = m.pml_on
+        m.nr_memslots_dirty_logging += 1 if self.new and self.new.logs_dirty else -1
+        for vcpu in m.vcpus:
+            if vcpu.fault is None and m.pml_on != before:
+                m.vcpu_exit(vcpu)
+        return "PML on" if m.pml_on else "PML off"
+
+    @step(lock="write")
+    def zap_collapsible_rmap_sptes(self, m: Machine) -> None:
+        if huge_pages.zap_collapsible_rmap_sptes(m, self.slot):
+            m.kvm_flush_remote_tlbs()
+
+    @step(lock="read")
+    def zap_collapsible_tdp_sptes(self, m: Machine) -> None:
+        huge_pages.zap_collapsible_tdp_sptes(m, self.slot)
+
+    @step(lock="write")
+    def split_huge_rmap_sptes(self, m: Machine) -> None:
+        huge_pages.shadow_mmu_split_huge_pages(m, self.slot.base_gfn, self.slot.end_gfn)
+
+    @step(lock="read")
+    def split_huge_tdp_sptes(self, m: Machine) -> None:
+        huge_pages.tdp_mmu_split_huge_pages(m, self.slot.base_gfn, self.slot.end_gfn)
+
+    @step(lock="write")
+    def clear_dirty_rmap(self, m: Machine) -> str | None:
+        """kvm_mmu_slot_leaf_clear_dirty(), rmap side."""
+        return self._pass(m, "clear_dirty_rmap", lambda a, b: wrprot.slot_rmap_clear_dirty(m, a, b))
+
+    @step(lock="read")
+    def clear_dirty_tdp(self, m: Machine) -> str | None:
+        """kvm_mmu_slot_leaf_clear_dirty(), TDP side."""
+        return self._pass(m, "clear_dirty_tdp", lambda a, b: wrprot.kvm_tdp_mmu_clear_dirty_slot(m, a, b))
+
+    @step(lock="write")
+    def write_protect_rmap(self, m: Machine) -> str | None:
+        """kvm_mmu_slot_remove_write_access(), rmap side."""
+        level = self._start_level(m)
+        return self._pass(m, "write_protect_rmap", lambda a, b: wrprot.slot_rmap_write_protect(m, a, b, level))
+
+    @step(lock="read")
+    def write_protect_tdp(self, m: Machine) -> str | None:
+        """kvm_mmu_slot_remove_write_access(), TDP side."""
+        level = self._start_level(m)
+        return self._pass(m, "write_protect_tdp", lambda a, b: wrprot.kvm_tdp_mmu_wrprot_slot(m, a, b, level))
+
+    @step()
+    def flush_if_owed(self, m: Machine) -> str:
+        """Up to v5.19: flush iff the pass before found a reason."""
+        owed, self.flush = self.flush, False
+        if owed:
+            m.kvm_flush_remote_tlbs()
+        return "flush" if owed else "no flush"
+
+    @step()
+    def flush_always(self, m: Machine) -> str:
+        """Since b64d740ea7dd: flush once, whatever the passes met."""
+        m.kvm_flush_remote_tlbs()
+        return "flush"
+
+    @step()
+    def return_to_user_space(self, m: Machine) -> None:
+        """From here on user space relies on the log: what was written before, it reads anyway."""
+        if self.new and self.new.logs_dirty:
+            m.watch(self.new)
+
+    def _start_level(self, m: Machine) -> int:
+        """With PML the 4K leaves are left writable: D tells."""
+        return PG_LEVEL_2M if m.hardware.cpu_dirty_log_size else PG_LEVEL_4K
+
+    def _pass(self, m: Machine, name: str, visit: Callable[[int, int], bool]) -> str | None:
+        """Visit the next pages of the slot, all of them or ``pages_per_step``, and come back for the rest."""
+        start = self.slot.base_gfn if self.cursor is None else self.cursor
+        end = min(start + (m.pages_per_step or self.slot.npages), self.slot.end_gfn)
+        asked = visit(start, end)
+        self.flush |= asked
+        self.cursor = None if end == self.slot.end_gfn else end
+        if self.cursor is not None:
+            self.todo.insert(0, name)
+        return "asks for a flush" if asked else None
