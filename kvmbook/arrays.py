@@ -21,7 +21,8 @@ FLAG_BITS = ALL_BITS ^ SPTE_BASE_ADDR_MASK
 SPTES_PER_TABLE = 512
 
 BLOCK = 1 << 18  # words of a large array that are worked at a time (measured: benchmarks/spte.py)
-MANY_KINDS = 16
+MANY_KINDS = 8
+SAMPLE = 64
 
 
 def where(condition: Truth, yes: Spte, no: Spte) -> Spte:
@@ -51,46 +52,54 @@ def by_word(formula: Callable[..., Any]) -> Callable[..., Any]:
         if spte.size <= SPTES_PER_TABLE:
             return formula(self, spte, *args, **kwargs)
         words = spte.reshape(-1)
-        once = functools.cache(lambda flags: formula(self, flags, *args, **kwargs))
+        once = functools.cache(lambda kind: formula(self, kind, *args, **kwargs))
         shape = once(0)  # what an answer looks like: a word, or a named tuple of a word and truths
         outs = [np.empty(words.size, np.uint64), *(np.empty(words.size, bool) for _ in columns(shape)[1:])]
         for start in range(0, words.size, BLOCK):
-            block, (out, *notes) = words[start : start + BLOCK], [out[start : start + BLOCK] for out in outs]
-            kind = int(block[0]) & FLAG_BITS
-            np.bitwise_xor(block, kind, out=out)
-            if not int(np.bitwise_or.reduce(out)) & FLAG_BITS:  # all of one kind
-                new, *truths = columns(once(kind))
-                np.bitwise_xor(out, new, out=out)
-            elif (grouped := group_by_kind(block)) is None:
-                out[:], *truths = columns(formula(self, block, *args, **kwargs))
-            else:
-                kinds, which = grouped
-                news, *answers = zip(*(columns(once(kind)) for kind in kinds), strict=True)
-                flips = np.array(news, np.uint64) ^ np.array(kinds, np.uint64)
-                np.bitwise_xor(block, flips.take(which, mode="clip"), out=out)
-                truths = [np.frombuffer(which.tobytes().translate(bytes(a).ljust(256)), bool) for a in answers]
-            for note, truth in zip(notes, truths, strict=True):
-                note[:] = truth
+            block, parts = words[start : start + BLOCK], [out[start : start + BLOCK] for out in outs]
+            if not (_one_kind(block, parts, once) or _few_kinds(block, parts, once)):
+                for part, column in zip(parts, columns(formula(self, block, *args, **kwargs)), strict=True):
+                    part[:] = column
         shaped = [out.reshape(spte.shape) for out in outs]
         return type(shape)(*shaped) if isinstance(shape, tuple) else shaped[0]
 
     return method
 
 
-def group_by_kind(words: Spte) -> tuple[list[int], Any] | None:
-    """Return the different SPTEs among ``words``, addresses aside, and for each word the index of its kind (uint8);
-    None if there are more than MANY_KINDS of them."""
-    flags = words & FLAG_BITS
-    kinds: list[int] = []
-    which, left = np.zeros(words.size, np.uint8), np.ones(words.size, bool)
-    while left.any():
-        if len(kinds) == MANY_KINDS:
-            return None
-        kinds.append(int(flags[left.argmax()]))
-        found = flags == kinds[-1]
-        which |= found.view(np.uint8) * np.uint8(len(kinds) - 1)
+def _one_kind(block: Spte, parts: list[Spte], once: Callable[[int], Any]) -> bool:
+    """Fill ``parts`` if all words of ``block`` are of one kind; False if they are not."""
+    kind = int(block[0]) & FLAG_BITS
+    if (block[:SAMPLE] & FLAG_BITS != kind).any():
+        return False
+    rest = np.bitwise_xor(block, kind, out=parts[0])
+    if int(np.bitwise_or.reduce(rest)) & FLAG_BITS:
+        return False
+    new, *truths = columns(once(kind))
+    np.bitwise_xor(rest, new, out=rest)
+    for part, truth in zip(parts[1:], truths, strict=True):
+        part[:] = truth
+    return True
+
+
+def _few_kinds(block: Spte, parts: list[Spte], once: Callable[[int], Any]) -> bool:
+    """Fill ``parts`` kind by kind; False if there are more than MANY_KINDS."""
+    flags, left = block & FLAG_BITS, np.ones(block.size, bool)
+    parts[0][:] = block
+    for part in parts[1:]:
+        part[:] = False
+    for _ in range(MANY_KINDS):
+        kind = int(flags[left.argmax()])
+        found = flags == kind
+        new, *truths = columns(once(kind))
+        if new != kind:
+            parts[0] ^= np.multiply(found, np.uint64(new ^ kind))
+        for part, truth in zip(parts[1:], truths, strict=True):
+            if truth:
+                part |= found
         left ^= found
-    return kinds, which
+        if not left.any():
+            return True
+    return False
 
 
 def columns(answer: Any) -> tuple[Any, ...]:

@@ -65,7 +65,7 @@ def test_environment_yml_is_in_step_with_pyproject():
     packages = [line[2:] for line in lines if line.startswith("- ") and not line.endswith(":")]
     wanted = {f"{package}" for package in project["dependencies"]}
     assert wanted <= set(packages)
-    assert set(packages) - wanted == {"conda-forge", "python=3.12", "pip", "--no-deps -e ."}
+    assert set(packages) - wanted == {"conda-forge", "python=3.12", "pip", "-e ."}
 
 
 def test_ci_runs_the_readmes_test_command():
