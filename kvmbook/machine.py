@@ -231,8 +231,11 @@ class Machine:
             mover = operation
             while blockers := mover.waits_for(self, mover.todo[0]):
                 mover = blockers[0]
-            with suppress(*() if mover is operation else (OSError,)):  # another's refusal is not ours
+            if mover is operation:
                 self.step(mover)
+            else:
+                with suppress(OSError):  # if it is refused, that is its own caller's affair
+                    self.step(mover)
             for vcpu in self.vcpus:
                 if vcpu.kicked:
                     self.vcpu_exit(vcpu)
@@ -337,7 +340,7 @@ class Machine:
     def mark_page_dirty_in_slot(self, slot: MemorySlot | None, gfn: int, vcpu: VcpuState | None) -> None:
         """Log a write, if the slot logs: in the running vCPU's ring if rings are used, else in the bitmap.
         Source: mark_page_dirty_in_slot(), v5.19."""
-        if slot is None or not slot.logs_dirty or slot.invalid:
+        if slot is None or not slot.logs_dirty:
             return
         if self.dirty_ring_size:
             if vcpu is None or vcpu.dirty_ring is None:

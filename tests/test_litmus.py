@@ -360,6 +360,35 @@ def test_trap_13_fast_path_marks_after_the_spte_and_slow_path_before():
     assert vm.spte(BASE + 1) == 0 and vm.dirty_bitmap()[1]
 
 
+def test_trap_8_and_9_a_harvest_flushes_by_the_bitmap_and_only_by_it():
+    vm = make_vm(kernel=Kernel.v6_0)
+    log(vm)
+    flushes = vm.counters.flushes
+    vm.kvm_write_guest(BASE)  # no SPTE has anything to do with it
+    assert reported(vm) == [BASE]
+    assert vm.counters.flushes == flushes + 1
+    assert reported(vm) == []
+    assert vm.counters.flushes == flushes + 1
+
+
+def test_trap_5_and_6_types_answer_different_questions():
+    """Type 2 has A/D bits and yet needs write protection; RWX=0 is access tracking for type 1 only."""
+    fmt = PML.format
+    type_0, type_1, type_2 = (1 << 11 | ad_type << 52 for ad_type in range(3))
+    assert [fmt.spte_ad_enabled(s) for s in (type_0, type_1, type_2)] == [True, False, True]
+    assert [fmt.spte_ad_need_write_protect(s) for s in (type_0, type_1, type_2)] == [False, True, True]
+    assert [fmt.is_access_track_spte(s) for s in (type_0, type_1, type_2)] == [False, True, False]
+
+
+def test_trap_1_w_0_does_not_mean_that_nobody_can_write():
+    vm = make_vm()
+    vm.vcpu[0].read(BASE)
+    vm.clear_young(BASE, BASE + 1)
+    assert not vm.fmt.is_writable_pte(vm.spte(BASE)) and vm.fmt.is_mmu_writable_spte(vm.spte(BASE))
+    assert vm.vcpu[0].write(BASE) is Outcome.HIT
+    check(vm)  # the key invariant holds all the same
+
+
 def test_trap_10_and_11_the_kick_flushes_nothing():
     vm = make_vm()
     vm.vcpu[0].read(BASE)
