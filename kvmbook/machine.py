@@ -398,7 +398,8 @@ MachineType = TypeVar("MachineType", bound=Machine)
 def freeze(value: Any) -> Any:
     """A hashable stand-in for nested dataclasses, containers and arrays; equal values give equal stand-ins."""
     if isinstance(value, np.ndarray):
-        return value.shape, value.tobytes()
+        full = np.flatnonzero(value)
+        return value.shape, full.tobytes(), value.flat[full].tobytes()
     if isinstance(value, dict):
         return frozenset((key, freeze(item)) for key, item in value.items())
     if isinstance(value, list | tuple):
