@@ -109,7 +109,9 @@ class DirtyLogOperation(Operation):
     @step()
     def copy_to_user(self, m: Machine) -> str:
         """User space has the report, and will read those pages now: their writes so far are accounted for."""
-        m.written.difference_update(self.taken)
+        assert self.slot is not None
+        if self.slot.as_id == 0:
+            m.written.difference_update(self.taken)
         return f"{len(self.taken)} dirty"
 
 
@@ -242,5 +244,5 @@ class ResetDirtyRings(Operation):
         self.result = len(self.taken)
         for slot_number, offset in self.taken:
             slot = m.memslots.id_to_memslot(slot_number >> 16, slot_number & 0xFFFF)
-            if slot is not None:
+            if slot is not None and slot.as_id == 0:
                 m.written.discard(slot.base_gfn + offset)

@@ -93,9 +93,9 @@ def check_01_2(run: Run) -> str:
         return "that is another kernel; stay with v5.19"
     if (0, 0) not in vm.memslots.slots or not vm.memslots.slots[0, 0].logs_dirty:
         return "your run must leave dirty logging enabled"
-    enabled = max(i for i, e in enumerate(vm.log) if e.step == "return_to_user_space")
-    slot = vm.memslots.slots[0, 0]
-    written = {e.gfn for e in vm.log[enabled:] if e.step == "write" and e.gfn is not None and e.gfn in slot}
+    enabled = max(i for i, e in enumerate(vm.log) if (e.step, e.note) == ("return_to_user_space", "slot 0"))
+    retired, slot = (Outcome.HIT.value, Outcome.WALK.value), vm.memslots.slots[0, 0]
+    written = {e.gfn for e in vm.log[enabled:] if e.step == "write" and e.note in retired and e.gfn in slot}
     if len(written) != PAGES:
         return f"{len(written)} pages of the slot are written after logging is enabled; all {PAGES} must be"
     missed = len(vm.missed_dirty(0))

@@ -125,7 +125,7 @@ def act(vm: Vm, action: Action) -> None:
         else:
             vcpu.attempt(action.what.removesuffix("s"), gfn)
     elif action.what == "ages":
-        vm.run(ClearYoung(gfn, gfn + 1))
+        vm.step(vm.start(ClearYoung(gfn, gfn + 1)))
     elif action.what in ("enables", "disables"):
         vm.start(vm.user_memory_region(0, slot.base_gfn, slot.npages, log_dirty_pages=action.what == "enables"))
     elif action.what == "gets":

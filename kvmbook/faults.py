@@ -55,7 +55,9 @@ def access(m: Machine, vcpu: VcpuState, kind: str, gfn: int, root: Root) -> Outc
         raise ValueError(f"{vcpu.name} is outside the guest: KVM is handling its last fault")
     if vcpu.dirty_ring is not None and vcpu.dirty_ring.soft_full:
         return _done(m, vcpu, kind, gfn, Outcome.RING_FULL)
-    vcpu.guest_mode = root.guest_mode
+    if vcpu.guest_mode != root.guest_mode:
+        m.vcpu_exit(vcpu)  # between L1 and the nested guest lies an exit
+        vcpu.guest_mode = root.guest_mode
     cached = vcpu.tlb.lookup(root.name, gfn)
     if cached is not None and not cached.allows(kind):
         return _violation(m, vcpu, kind, gfn, root, present=True)
@@ -385,6 +387,6 @@ def complete(m: Machine, vcpu: VcpuState, kind: str, gfn: int, root: Root) -> Ou
                 handled is Outcome.RETRY
             ):  # the others go on meanwhile: notifiers, memslot changes, faults under the lock
                 for operation in [op for op in m.in_flight if op.lock or not isinstance(op, PageFault)]:
-                    with suppress(OSError):  # one that waited for its turn may be refused
+                    with suppress(OSError, ValueError):  # one that waited for its turn may be refused
                         m.run(operation)
             took = Outcome.FAST_FAULT if handled is Outcome.FAST_FAULT and took is None else Outcome.SLOW_FAULT

@@ -75,7 +75,7 @@ class Operation:
 
     todo: list[str] = field(default_factory=list, init=False)
     started: bool = field(default=False, init=False)
-    refusal: OSError | None = field(default=None, init=False)
+    refusal: OSError | ValueError | None = field(default=None, init=False)
     lock: str | None = field(default=None, init=False)
     result: Any = field(default=None, init=False)
 
@@ -200,8 +200,8 @@ class Machine:
 
     def step(self, operation: Operation) -> None:
         """Do the next step of an operation in flight. Raises ValueError if it must wait for others, or is over."""
-        if not operation.todo:
-            raise ValueError(f"{type(operation).__name__} is over: it has no next step")
+        if operation not in self.in_flight:
+            raise ValueError(f"{type(operation).__name__} is not in flight: it was not started here, or is over")
         name = operation.todo[0]
         if blockers := operation.waits_for(self, name):
             raise ValueError(f"{name} must wait for {blockers[0].who}: {blockers[0].todo[0]}")
@@ -211,9 +211,10 @@ class Machine:
         self.record(operation.who, name, where)
         try:
             note = method(self)
-        except OSError as refusal:  # it is over, and has changed nothing
-            operation.refusal = refusal
-            self.in_flight.remove(operation)
+        except (OSError, ValueError) as refusal:
+            if name == "mutex_lock":  # it is over, and has changed nothing
+                operation.refusal = refusal
+                self.in_flight.remove(operation)
             raise
         if note:
             self.log[logged] = self.log[logged]._replace(note=note)
@@ -234,7 +235,7 @@ class Machine:
             if mover is operation:
                 self.step(mover)
             else:
-                with suppress(OSError):  # if it is refused, that is its own caller's affair
+                with suppress(OSError, ValueError):  # if it is refused, that is its own caller's affair
                     self.step(mover)
             for vcpu in self.vcpus:
                 if vcpu.kicked:
@@ -389,7 +390,8 @@ class Machine:
     def state(self) -> Any:
         """A hashable value: machines with equal states have equal futures. (Not the other way round: numbers that only
         count up are in it too.) The log and the counters are not."""
-        return freeze({f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("log", "counters")})
+        names = [f.name for f in fields(self) if f.name not in ("log", "counters", "kernel")]
+        return id(self.kernel), freeze([getattr(self, name) for name in names])
 
 
 MachineType = TypeVar("MachineType", bound=Machine)

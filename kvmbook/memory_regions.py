@@ -102,7 +102,8 @@ class SetUserMemoryRegion(Operation):
         """Drop all tables of the VM and flush; v5.19 does not zap by slot. Tracking of guest page tables ends with it."""
         assert self.old is not None
         m.zap_all()
-        m.write_tracked -= {gfn for gfn in m.write_tracked if gfn in self.old}
+        if self.old.as_id == 0:
+            m.write_tracked -= {gfn for gfn in m.write_tracked if gfn in self.old}
 
     @step()
     def kvm_swap_active_memslots(self, m: Machine) -> None:
@@ -188,10 +189,11 @@ class SetUserMemoryRegion(Operation):
         return "flush"
 
     @step()
-    def return_to_user_space(self, m: Machine) -> None:
+    def return_to_user_space(self, m: Machine) -> str:
         """From here on user space relies on the log: what was written before, it reads anyway."""
         if self.new and self.new.logs_dirty:
             m.watch(self.new)
+        return f"slot {self.slot.id}"
 
     def _start_level(self, m: Machine) -> int:
         """With PML the 4K leaves are left writable: D tells."""

@@ -47,8 +47,8 @@ class MemorySlot:
     dirty_bitmap: np.ndarray | None = field(default=None, compare=False, repr=False)
     invalid: bool = False
 
-    def __contains__(self, gfn: int) -> bool:
-        return self.base_gfn <= gfn < self.end_gfn
+    def __contains__(self, gfn: int | None) -> bool:
+        return gfn is not None and self.base_gfn <= gfn < self.end_gfn
 
     @property
     def end_gfn(self) -> int:

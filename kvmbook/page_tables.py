@@ -113,7 +113,7 @@ class PageTables:
         """Read down from the root (or from the level-1 table in frame ``start``) to the leaf, or to the first entry that
         leads nowhere. None if there is no root yet. Source: fast_pf_get_last_sptep()."""
         pfn = self.roots.get(root) if start is None else start
-        if pfn is None:
+        if pfn is None or not 0 <= gfn < pages_per_level(ROOT_LEVEL + 1):
             return None
         while True:
             table = self.tables[pfn]

@@ -43,6 +43,7 @@ function render({ model, el }) {
       figure.innerHTML = state.svg;
       readout.textContent = state.readout;
     } else {
+      figure.replaceChildren();
       readout.textContent = "computing: this needs a running kernel";
     }
   }

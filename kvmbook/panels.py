@@ -57,8 +57,8 @@ class Panel(anywidget.AnyWidget):
             chosen={name: options[0] for name, options in self._options.items()},
             states={" | ".join(c): self._state(c) for c in self.combinations()} if carry else {},
         )
-        self._compute_missing()
-        self.observe(self._compute_missing, names="chosen")
+        self._compute_missing(self.chosen)
+        self.observe(lambda change: self._compute_missing(change.new), names="chosen")
 
     def combinations(self) -> list[tuple[str, ...]]:
         """Every combination of options."""
@@ -71,26 +71,27 @@ class Panel(anywidget.AnyWidget):
         for name, option in wanted.items():
             if option not in self._options[name]:
                 raise ValueError(f"{name} is one of {', '.join(self._options[name])}; got {option!r}")
-        self.chosen = {**self.chosen, **wanted}
+        chosen = {**self.chosen, **wanted}
+        self._compute_missing(chosen)  # before it is chosen: if it fails, nothing has changed
+        self.chosen = chosen
         return self.readout
 
     @property
     def readout(self) -> str:
         """The sentence for what is chosen."""
-        sentence: str = self.states[self._key]["readout"]
+        sentence: str = self.states[self._key(self.chosen)]["readout"]
         return sentence
 
-    @property
-    def _key(self) -> str:
-        return " | ".join(self.chosen[name] for name in self._options)
+    def _key(self, chosen: Mapping[str, str]) -> str:
+        return " | ".join(chosen[name] for name in self._options)
 
     def _state(self, combination: Sequence[str]) -> dict[str, str]:
         view = self._show(*combination)
         return {"svg": view.picture.svg, "readout": view.readout}
 
-    def _compute_missing(self, change: Any = None) -> None:
-        if self._key not in self.states:
-            self.states = {**self.states, self._key: self._state([self.chosen[name] for name in self._options])}
+    def _compute_missing(self, chosen: Mapping[str, str]) -> None:
+        if (key := self._key(chosen)) not in self.states:
+            self.states = {**self.states, key: self._state([chosen[name] for name in self._options])}
 
     def __repr__(self) -> str:
         return (

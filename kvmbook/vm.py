@@ -172,7 +172,7 @@ class Vm(Machine):
     ) -> SetUserMemoryRegion:
         """The ioctl as an operation, not begun: for `start` and `step`.
 
-        ``userspace_addr`` (bytes) defaults to where the slot lies already, or to a place of its own.
+        ``userspace_addr`` (bytes) defaults to where the slot lies already, or to `USER_BASE` plus the guest address.
         Beginning it raises OSError EINVAL, EEXIST or ENOMEM.
         """
         if userspace_addr is None:
@@ -270,6 +270,7 @@ class Vm(Machine):
         if any(first <= gfn < first + pages_per_level(level) for _, first, level, _ in self.page_tables.leaves()):
             raise ValueError(f"gfn {gfn:#x} is mapped already; use change_pte")
         self.host.protect(self._slot_of(gfn).hva(gfn))
+        self.mmu_notifier_seq += 1
 
     def track_guest_page_table(self, gfn: int) -> None:
         """KVM starts to shadow the guest page table at ``gfn``: guest writes to it are emulated from now on."""
@@ -285,7 +286,7 @@ class Vm(Machine):
         slot, state = self._slot_of(gfn), self.vcpu[vcpu].state
         if slot.readonly or slot.invalid:
             raise refuse(errno.EFAULT, f"gfn {gfn:#x} lies in a slot that is read-only or about to go")
-        if state.dirty_ring is not None and len(state.dirty_ring.entries) == state.dirty_ring.size:
+        if state.dirty_ring is not None and state.dirty_ring.soft_full:
             raise ValueError(f"{state.name}'s dirty ring is full: harvest and reset it first")
         self.mark_page_dirty_in_slot(slot, gfn, state)
         self.note_write(gfn)

@@ -123,6 +123,9 @@ class TrackGuestPageTable(Operation):
 
     @step(lock="write", keeps=True)
     def kvm_mmu_slot_gfn_write_protect(self, m: Machine) -> str:
+        if m.memslots.gfn_to_memslot(self.gfn) is None:
+            self.todo = []
+            return "the slot is gone"
         m.write_tracked.add(self.gfn)
         owed = kvm_mmu_slot_gfn_write_protect(m, self.gfn)
         self.todo = ["kvm_flush_remote_tlbs"] * owed

@@ -57,6 +57,10 @@ def test_a_panel_that_does_not_carry_its_states_computes_the_chosen_one():
     assert calls == ["1", "2"]
     with pytest.raises(ValueError, match="number is one of 1, 2; got '3'"):
         panel.choose(number="3")
+    broken = Panel("broken", {"number": ["1", "2"]}, lambda n: show(n) if n == "1" else 1 / 0, carry=False)
+    with pytest.raises(ZeroDivisionError):
+        broken.choose(number="2")
+    assert broken.readout == "1."
     with pytest.raises(ValueError, match="needs options"):
         Panel("empty", {"number": []}, show)
 
@@ -99,6 +103,21 @@ def enable(vm):
     vm.set_user_memory_region(slot=0, base_gfn=0x200, npages=16, log_dirty_pages=True)
 
 
+def five_by_another_slot(vm):
+    """Right, and quite different from the book's solution: a second slot's flush saves the other eleven."""
+    for gfn in range(0x200, 0x210):
+        vm.vcpu[0].read(gfn)
+    vm.clear_young(0x200, 0x210)
+    enable(vm)
+    for gfn in range(0x200, 0x205):
+        vm.vcpu[0].write(gfn)
+    vm.set_user_memory_region(slot=1, base_gfn=0x1000, npages=1)
+    vm.vcpu[1].write(0x1000)
+    vm.set_user_memory_region(slot=1, base_gfn=0x1000, npages=1, log_dirty_pages=True)
+    for gfn in range(0x205, 0x210):
+        vm.vcpu[0].write(gfn)
+
+
 class Always:
     unconditional = True
 
@@ -122,6 +141,7 @@ class Always:
         ("check_01_2", lambda vm: vm.vcpu[0].write(0x200), "No: your run must leave dirty logging enabled"),
         ("check_01_2", lambda vm: enable(vm), "No: 0 pages of the slot are written"),
         ("check_01_2", lambda vm: vm.set_user_memory_region(slot=0), "No: your run must leave"),
+        ("check_01_2", five_by_another_slot, "Yes."),
         ("check_01_3", lambda vm: vm.vcpu[0].evict(0x200), "No: your rescue touches slot 0"),
         ("check_01_3", lambda vm: vm.set_user_memory_region(slot=0), "No: your rescue touches slot 0"),
         ("check_01_3", lambda vm: vm.vcpu[1].write(0x1001), "No: the write is missed"),

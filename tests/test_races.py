@@ -1,5 +1,6 @@
 """Two actors, one page, and the step where they meet."""
 
+import numpy as np
 import pytest
 from conftest import BASE, HARDWARE, log, make_vm, missed, reported
 
@@ -358,3 +359,57 @@ def make_vm_with_ring(npages=64):
     vm.enable_dirty_ring(4096)
     vm.set_user_memory_region(slot=0, base_gfn=BASE, npages=npages, log_dirty_pages=True)
     return vm
+
+
+def test_a_queued_call_that_is_refused_leaves_nothing_behind():
+    vm = make_vm()
+    vm.start(vm.user_memory_region(0, BASE, 64, log_dirty_pages=True))
+    for bad in (vm.user_memory_region(1, 1 << 60, 1), vm.user_memory_region(1, BASE, 1)):
+        with pytest.raises((OSError, ValueError), match=r"does not fit|overlap"):
+            vm.run(vm.start(bad))
+    assert vm.in_flight == [] and vm.get_dirty_log(0).shape == (64,)
+
+
+def test_entering_the_nested_guest_is_an_exit_that_drains_pml():
+    vm = make_vm(HARDWARE["pml"], Kernel.v6_0, nested="ept")
+    log(vm)
+    vm.vcpu[0].write(BASE)
+    reported(vm)
+    vm.vcpu[0].write(BASE)
+    assert vm.vcpu[0].pml == [BASE]
+    vm.vcpu[0].attempt("read", BASE + 1, l2=True)
+    assert vm.vcpu[0].pml == [] and vm.dirty_bitmap()[0]
+
+
+def test_the_log_of_address_space_1_says_nothing_about_the_vcpus_pages():
+    vm = make_vm()
+    vm.vcpu[0].read(BASE)
+    vm.track_guest_page_table(BASE + 1)
+    vm.clear_young(BASE, BASE + 1)
+    log(vm)
+    vm.vcpu[0].write(BASE)
+    vm.enable_manual_dirty_log_protect(initially_set=True)
+    vm.set_user_memory_region(slot=1 << 16, base_gfn=BASE, npages=64, log_dirty_pages=True)
+    vm.clear_dirty_log(1 << 16, 0, 64, np.ones(64, bool))
+    assert missed(vm) == [BASE]
+    vm.set_user_memory_region(slot=1 << 16)
+    assert vm.vcpu[0].write(BASE + 1) is Outcome.EMULATED  # still tracked
+
+
+def test_kvms_own_writes_leave_the_rings_reserve_alone():
+    vm = make_vm_with_ring(npages=256)
+    with pytest.raises(ValueError, match="dirty ring is full"):
+        for _ in range(300):
+            vm.kvm_write_guest(BASE)
+    assert len(vm.vcpu[0].dirty_ring.entries) == 256 - 64
+
+
+def test_odd_addresses_and_strangers_operations():
+    vm = make_vm()
+    vm.vcpu[0].read(BASE)
+    assert vm.vcpu[0].read(1 << 40) is Outcome.MMIO
+    elsewhere = make_vm()
+    get = elsewhere.start(elsewhere.user_memory_region(0, BASE, 64, log_dirty_pages=True))
+    with pytest.raises(ValueError, match="not in flight"):
+        vm.step(get)
+    assert elsewhere.run(get) is None

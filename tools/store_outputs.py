@@ -5,6 +5,7 @@ The panels' states are stored too: JupyterLab shows them before anything is run.
 (widget ids, execution times, the Python release) are replaced or dropped.
 """
 
+import json
 import pathlib
 import re
 import sys
@@ -28,10 +29,14 @@ def store(path: pathlib.Path) -> None:
     notebook.metadata["language_info"] = {"name": "python"}
     notebook.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
     text = nbformat.writes(notebook)
-    names = list(dict.fromkeys(re.findall(r'"model_id": "([0-9a-f]{32})"', text)))
-    names += sorted(set(re.findall(r'"([0-9a-f]{32})": \{', text)) - set(names), key=text.index)
-    for number, name in enumerate(names):
+    names: list[str] = []
+    for view in re.findall(r'"model_id": "([0-9a-f]{32})"', text):
+        names.append(view)
+        model = notebook.metadata["widgets"][WIDGET_STATE]["state"][view]
+        names += re.findall(r"IPY_MODEL_([0-9a-f]{32})", json.dumps(model, sort_keys=True))
+    for number, name in enumerate(dict.fromkeys(names)):
         text = text.replace(name, f"{number:032x}")
+    text = nbformat.writes(nbformat.reads(text, as_version=4))  # the names were keys, and keys are sorted
     path.write_text(text + "\n")
     print(path, len(text) // 1024, "KiB")
 
