@@ -19,7 +19,10 @@ function render({ model, el }) {
   for (const { name, options } of settings) {
     const fieldset = element("fieldset", {}, element("legend", {}, name));
     for (const option of options) {
-      const input = element("input", { type: "radio", name: `${group}-${name}`, value: option });
+      // JupyterLab would take the arrow keys for itself, but for the last attribute.
+      const input = element("input", {
+        type: "radio", name: `${group}-${name}`, value: option, "data-lm-suppress-shortcuts": "true",
+      });
       input.addEventListener("change", () => {
         model.set("chosen", { ...model.get("chosen"), [name]: option });
         model.save_changes();
