@@ -108,9 +108,12 @@ def check_01_3(rescue: Run) -> str:
     vm = _aged(Hardware.ept(ad_bits=False), Kernel.v5_19)
     vm.set_user_memory_region(slot=1, base_gfn=0x1000, npages=8)
     vm.vcpu[1].write(0x1000)
-    slot, logged = vm.memslots.slots[0, 0], len(vm.log)
+    slot, logged, spte = vm.memslots.slots[0, 0], len(vm.log), vm.spte(BASE_GFN)
     rescue(vm)
-    if _slot_was_touched(vm, slot) or any(e.gfn is not None and e.gfn in slot for e in vm.log[logged:]):
+    events = vm.log[logged:]
+    zapped_all = any(e.step == "kvm_mmu_zap_all_fast" for e in events)  # deleting slot 1 does, and is a fair answer
+    changed = vm.spte(BASE_GFN) != spte and not zapped_all
+    if changed or _slot_was_touched(vm, slot) or any(e.gfn in slot for e in events):
         return "your rescue touches slot 0 or its pages; stay away from it"
     _enable(vm)
     vm.vcpu[0].write(BASE_GFN)
