@@ -16,6 +16,7 @@ from kvmbook.memslots import MemoryRegion
 
 NO_AD = HARDWARE["ept_no_ad"]
 PML = HARDWARE["pml"]
+ONLY_FIRST = np.arange(64) == 0  # a mask for CLEAR: the first page of 64
 
 
 def aged_then_enabled(hardware=NO_AD, kernel=Kernel.v5_19, age="clear_young", **options):
@@ -463,13 +464,11 @@ def test_trap_17_clear_with_initially_set_takes_mmu_writable_from_huge_pages_onl
     vm.enable_manual_dirty_log_protect(initially_set=True)
     vm.vcpu[0].write(BASE)
     log(vm)
-    only_first = np.zeros(64, bool)
-    only_first[0] = True
-    vm.clear_dirty_log(0, 0, 64, only_first)
+    vm.clear_dirty_log(0, 0, 64, ONLY_FIRST)
     assert vm.level(BASE) == 2 and not vm.fmt.is_mmu_writable_spte(vm.spte(BASE))
     vm.vcpu[0].write(BASE)
     assert vm.level(BASE) == 1 and vm.dirty_bitmap()[0]
-    vm.clear_dirty_log(0, 0, 64, only_first)
+    vm.clear_dirty_log(0, 0, 64, ONLY_FIRST)
     assert vm.fmt.is_mmu_writable_spte(vm.spte(BASE)) and not vm.fmt.is_writable_pte(vm.spte(BASE))
 
 
@@ -480,9 +479,7 @@ def test_clear_split_forgets_the_last_page_until_v6_8():
         vm.enable_manual_dirty_log_protect(initially_set=True)
         vm.vcpu[0].write(BASE)
         log(vm)
-        only_first = np.zeros(64, bool)
-        only_first[0] = True
-        vm.clear_dirty_log(0, 0, 64, only_first)
+        vm.clear_dirty_log(0, 0, 64, ONLY_FIRST)
         assert vm.level(BASE) == (2 if forgets else 1)
         vm.vcpu[0].write(BASE)
         assert missed(vm) == []  # a slower first write, and no loss
