@@ -20,7 +20,6 @@ from kvmbook.spte import PG_LEVEL_4K, PT_WRITABLE_MASK, REMOVED_SPTE, pages_per_
 from kvmbook.tlb import TlbEntry
 
 ACCESSES = ("read", "write", "fetch")
-FAST_RETRIES = 4
 
 
 class Outcome(Enum):
@@ -210,7 +209,7 @@ class PageFault(Operation):
         assert self.sptep is not None
         if self.sptep.table not in m.page_tables.tables or m.page_tables.read(self.sptep) != self.old_spte:
             self.retries += 1
-            self.todo = ["fast_page_fault"] if self.retries <= FAST_RETRIES else ["kvm_faultin_pfn"]
+            self.todo = ["fast_page_fault"] if self.retries <= m.fast_retries else ["kvm_faultin_pfn"]
             return "the SPTE changed meanwhile: again"
         m.page_tables.write(self.sptep, self.new_spte)
         if m.fmt.is_writable_pte(self.new_spte) and not m.fmt.is_writable_pte(self.old_spte):

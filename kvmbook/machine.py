@@ -151,7 +151,8 @@ class VcpuState:
 class Machine:
     """All of a VM that the model knows.
 
-    ``pages_per_step``: how many pages one step of a slot-wide pass takes; None = all. ``mmu_notifier_seq`` and
+    ``pages_per_step``: how many pages one step of a slot-wide pass takes; None = all. ``fast_retries``: how often the
+    fast path tries again when the SPTE changed under it (fast_page_fault(), v5.19). ``mmu_notifier_seq`` and
     ``invalidating`` are what makes a fault retry that raced with the host. ``written`` and ``watched`` are not KVM's:
     they are the truth that the log is held against. ``watched`` has the slots whose log user space relies on, since
     enabling returned; ``written`` the gfns of those slots that were written since their last report.
@@ -167,6 +168,7 @@ class Machine:
     eager_page_split: bool = True
     nx_huge_pages: bool = False
     pages_per_step: int | None = None
+    fast_retries: int = 4
     memslots: Memslots = field(default_factory=Memslots)
     vcpus: list[VcpuState] = field(default_factory=list)
     in_flight: list[Operation] = field(default_factory=list)

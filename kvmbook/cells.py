@@ -1,0 +1,271 @@
+"""The model cut into cells: one page, one vCPU, one moment of user space's ioctl; each step found by running the model.
+
+A VM of many pages and vCPUs is made of three kinds of things, and what they share is little:
+
+- the *control*: which ioctl is under way, at which step, and what it knows of the slot as a whole;
+- of each page a *word*: its SPTE, its bit in the bitmap, whether a harvest holds it, whether it was written;
+- of each vCPU and page a *view*: the TLB entry, whether the PML buffer has the page, the fault that is being handled.
+
+A vCPU's step reads one control, one word, one view, and changes that word and that view. So it is run once on a VM with
+one vCPU and remembered; whoever searches a larger VM looks it up. Nothing here says what a step does: `Cells` puts the
+parts into a `Vm`, calls the model, and takes the parts out again. That the parts suffice is what the tests show, by
+comparing with searches that drive whole VMs.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from kvmbook.access_tracking import ClearYoung
+from kvmbook.dirty_log import GetDirtyLog
+from kvmbook.faults import PageFault
+from kvmbook.hardware import Hardware
+from kvmbook.kernel import Kernel
+from kvmbook.machine import Operation
+from kvmbook.memslots import KVM_MEM_LOG_DIRTY_PAGES, MemorySlot
+from kvmbook.schedule import BASE_GFN, Action, Grain, act, possible, smallest_vm
+from kvmbook.tlb import TlbEntry
+from kvmbook.vm import Vm
+
+
+class Word(NamedTuple):
+    """One page. ``live``: its bit in the bitmap; ``taken``: a harvest holds it; ``written`` since its last report."""
+
+    spte: int = 0
+    live: bool = False
+    taken: bool = False
+    written: bool = False
+
+
+class Fault(NamedTuple):
+    """A `PageFault` as a value. ``current``: it holds the published slot, else the one before."""
+
+    kind: str
+    todo: tuple[str, ...]
+    lock: str | None
+    current: bool
+    generation: int
+    retries: int
+    old_spte: int
+    new_spte: int
+
+    @property
+    def gate(self) -> tuple[str | None, int]:
+        """All of it that others may have to wait for: the lock it holds, and whether it began before the publication."""
+        return self.lock, self.generation
+
+
+class View(NamedTuple):
+    """What one vCPU has of one page."""
+
+    tlb: TlbEntry | None = None
+    pml: bool = False
+    fault: Fault | None = None
+
+
+BLANK_WORD, BLANK_VIEW = Word(), View()
+
+
+class Control(NamedTuple):
+    """User space's ioctl under way (None: none), as data; and what the slot and the VM know of logging."""
+
+    operation: tuple[Any, ...] | None
+    logs: bool
+    watched: bool
+    loggers: int
+
+    @property
+    def lock(self) -> str | None:
+        return self.operation[2] if self.operation is not None else None
+
+
+class Step(NamedTuple):
+    """What a vCPU's or the host's step made of one word and one view. ``flushed``: all TLBs; ``exited``: this vCPU left
+    the guest, which drains its PML buffer."""
+
+    word: Word
+    view: View
+    flushed: bool
+    exited: bool
+
+
+class Cells:
+    """The steps of a VM with ``pages`` pages on this hardware and kernel, each one run when first asked for."""
+
+    def __init__(self, hardware: Hardware, kernel: Kernel, pages: int = 1, grain: Grain = Grain.STEP) -> None:
+        self.grain = grain
+        self.pages = pages
+        self._vm = smallest_vm(hardware, kernel, pages, 1, grain)
+        self._vcpu = self._vm.vcpus[0]
+        self._leaf = [self._vm.page_tables.walk(self._vm.l1_root, BASE_GFN + page) for page in range(pages)]
+        self._exemplars: dict[Control, tuple[MemorySlot, Operation | None]] = {}
+        self.start = self._control()
+        for name in ("vcpu_step", "host_step", "flushed", "exited", "waits", "lost", "user_step", "user_starts", "blocks_user"):
+            setattr(self, name, cache(getattr(self, name)))
+
+    # ---- putting parts in, taking parts out -------------------------------------------------------------------------
+
+    def _control(self) -> Control:
+        """The control of the VM as it is now; remembers how to make it again."""
+        vm, operation = self._vm, self._operation()
+        slot, said = vm.memslots.slots[0, 0], None
+        if operation is not None:
+            words, learned = getattr(operation, "words", ()), (getattr(operation, "flush", None), getattr(operation, "cursor", None))
+            said = (type(operation).__name__, tuple(operation.todo), operation.lock, *learned, tuple(words))
+        control = Control(said, slot.logs_dirty, bool(vm.watched), vm.nr_memslots_dirty_logging)
+        if control not in self._exemplars:
+            self._exemplars[control] = slot, _independent(operation)
+        return control
+
+    def _operation(self) -> Operation | None:
+        return next((op for op in self._vm.in_flight if op.needs_slots_lock), None)
+
+    def calm(self, control: Control) -> Control:
+        """The same without an ioctl under way: all that vCPUs and the host can tell of it, locks aside."""
+        calm = control._replace(operation=None)
+        self._exemplars.setdefault(calm, (self._exemplars[control][0], None))
+        return calm
+
+    def _load(self, control: Control, word: Word = BLANK_WORD, view: View = BLANK_VIEW, page: int = 0) -> Vm:
+        """The VM in that control, all pages blank but ``page``."""
+        vm, vcpu = self._vm, self._vcpu
+        slot, operation = self._exemplars[control]
+        operation = _independent(operation)
+        vm.memslots.slots[0, 0], vm.memslots.generation = slot, 0
+        vm.nr_memslots_dirty_logging = control.loggers
+        vm.watched = {(0, 0)} if control.watched else set()
+        vm.in_flight = [] if operation is None else [operation]
+        for other in (slot, getattr(operation, "old", None), getattr(operation, "new", None)):
+            if other is not None and other.dirty_bitmap is not None:
+                other.dirty_bitmap[:] = 0
+        gfn = BASE_GFN + page
+        for number, leaf in enumerate(self._leaf):
+            vm.page_tables.write(leaf.sptep, word.spte if number == page else 0)
+        if slot.dirty_bitmap is not None:
+            slot.dirty_bitmap[:, 0] = word.live << page, word.taken << page
+        if isinstance(operation, GetDirtyLog) and word.taken:
+            operation.taken = [gfn]
+            operation.word_gfns = [gfn] if operation.todo[0] == "rearm" else []
+        vm.written = {gfn} if word.written else set()
+        vcpu.tlb.entries = {} if view.tlb is None else {("L1", gfn, 1): view.tlb}
+        vcpu.pml = [gfn] if view.pml else []
+        vcpu.fault = None if view.fault is None else self._make_fault(view.fault, slot, page)
+        if vcpu.fault is not None:
+            vm.in_flight.insert(0, vcpu.fault)
+        return vm
+
+    def _make_fault(self, fault: Fault, slot: MemorySlot, page: int) -> PageFault:
+        vm, gfn = self._vm, BASE_GFN + page
+        made = PageFault(0, fault.kind, gfn, vm.l1_root, False)
+        made.todo, made.lock, made.started = list(fault.todo), fault.lock, True
+        made.generation, made.retries = fault.generation, fault.retries
+        made.old_spte, made.new_spte = fault.old_spte, fault.new_spte
+        if fault.todo[0] in ("fast_pf_fix_direct_spte", "set_spte"):
+            made.sptep = self._leaf[page].sptep
+        made.slot = slot if fault.current else _before(slot)
+        if fault.todo[0] == "make_spte":
+            made.page = vm.host.lookup(slot.hva(gfn))
+        return made
+
+    def _word(self, page: int = 0) -> Word:
+        vm, gfn = self._vm, BASE_GFN + page
+        slot, operation = vm.memslots.slots[0, 0], self._operation()
+        spte = vm.page_tables.read(self._leaf[page].sptep)
+        return Word(spte, slot.test_bit(gfn), gfn in getattr(operation, "taken", ()), gfn in vm.written)
+
+    def _view(self, page: int = 0) -> View:
+        vm, vcpu, gfn = self._vm, self._vcpu, BASE_GFN + page
+        fault = None
+        if isinstance(op := vcpu.fault, PageFault):
+            current = op.slot is vm.memslots.slots[0, 0]
+            fault = Fault(op.kind, tuple(op.todo), op.lock, current, op.generation, op.retries, op.old_spte, op.new_spte)
+        return View(vcpu.tlb.entries.get(("L1", gfn, 1)), gfn in vcpu.pml, fault)
+
+    def _step(self, loaded: Word, run: Callable[[], object]) -> Step:
+        """What ``run`` makes of the loaded parts. Without the harvest nobody knows what it holds: that stays."""
+        counters = self._vm.counters
+        flushes, exits = counters.flushes, counters.exits
+        run()
+        word = self._word()._replace(taken=loaded.taken)
+        return Step(word, self._view(), counters.flushes > flushes, counters.exits > exits)
+
+    # ---- steps of one vCPU, or of the host, on one page -------------------------------------------------------------
+
+    def vcpu_step(self, calm: Control, word: Word, view: View) -> dict[Action, Step]:
+        """All that the vCPU, or KVM on its behalf, could do here if no lock were held elsewhere; without "exits"."""
+        moves = [a for a in possible(self._load(calm, word, view), self.grain) if "vCPU0" in a.who and a.what != "exits"]
+        return {action: self._act(calm, word, view, action) for action in moves if action.page in (None, 0)}
+
+    def host_step(self, calm: Control, word: Word) -> dict[Action, Step]:
+        """Both ways of ageing."""
+        moves = [a for a in possible(self._load(calm, word), self.grain) if a.who == "host"]
+        return {action: self._act(calm, word, BLANK_VIEW, action) for action in moves if action.page == 0}
+
+    def _act(self, calm: Control, word: Word, view: View, action: Action) -> Step:
+        vm = self._load(calm, word, view)
+        return self._step(word, lambda: act(vm, action, self.grain))
+
+    def flushed(self, calm: Control, word: Word, view: View) -> Step:
+        """What kvm_flush_remote_tlbs() makes of a page and a view of it."""
+        return self._step(word, self._load(calm, word, view).kvm_flush_remote_tlbs)
+
+    def exited(self, calm: Control, word: Word, view: View) -> Step:
+        """What an exit of the vCPU makes of it."""
+        vm = self._load(calm, word, view)
+        return self._step(word, lambda: vm.vcpu_exit(self._vcpu))
+
+    def waits(self, fault: Fault | None, lock: str) -> bool:
+        """Whether the next step of that fault (None: ageing) must wait for somebody who holds mmu_lock like that."""
+        vm, holder = self._load(self.start, view=View(fault=fault)), Operation()
+        holder.lock = lock
+        asks = self._vcpu.fault or vm.start(ClearYoung(BASE_GFN, BASE_GFN + 1))
+        vm.in_flight = [asks, holder]
+        return bool(asks.waits_for(vm, asks.todo[0]))
+
+    def lost(self, control: Control, word: Word, view: View) -> bool:
+        """Whether the page was written, and nothing here knows."""
+        return bool(self._load(control, word, view).missed_dirty(0).size)
+
+    # ---- steps of user space ----------------------------------------------------------------------------------------
+
+    def user_starts(self, control: Control) -> list[Action]:
+        """What user space could do next, faults that hold it up aside."""
+        vm = self._load(control)
+        return [a for a in possible(vm, self.grain) if a.who == "user space"]
+
+    def blocks_user(self, control: Control, fault: Fault) -> bool:
+        """Whether user space's next step must wait for that fault."""
+        if control.operation is None:
+            return False
+        vm = self._load(control, view=View(fault=fault))
+        return not any(a.who == "user space" for a in possible(vm, self.grain))
+
+    def user_step(
+        self, control: Control, action: Action, word: Word = BLANK_WORD, view: View = BLANK_VIEW, page: int = 0
+    ) -> tuple[Control, Word, View]:
+        """What ``action`` of user space makes of the control, and of ``page`` if all others are blank."""
+        act(self._load(control, word, view, page), action, self.grain)
+        return self._control(), self._word(page), self._view(page)
+
+
+def _independent(operation: Operation | None) -> Operation | None:
+    """A copy with lists of its own, that knows of no page."""
+    if operation is None:
+        return None
+    made = copy.copy(operation)
+    made.todo, made.result = list(operation.todo), None
+    if isinstance(made, GetDirtyLog):
+        made.words, made.taken, made.word_gfns = list(made.words), [], []
+    return made
+
+
+def _before(slot: MemorySlot) -> MemorySlot:
+    """The slot as it was before its logging was switched."""
+    bitmap = None if slot.logs_dirty else np.zeros((2, 1), np.uint64)
+    return replace(slot, flags=slot.flags ^ KVM_MEM_LOG_DIRTY_PAGES, dirty_bitmap=bitmap)

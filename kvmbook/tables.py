@@ -1,0 +1,149 @@
+"""One page with the views of all vCPUs, as numbers: the tables that the fast searches gather from.
+
+A *pair* is a control and one page's state, (word, views). From the start all pairs are found that a page can get into,
+whatever other pages do meanwhile: they may make a flush, have a harvest find something, keep a vCPU or a lock busy, and
+nothing else. So the search of a larger VM needs no more than these pairs, one for each page.
+
+Pairs that agree in the control and in which faults are under way (their *gates*) form a block of consecutive numbers.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from kvmbook.cells import BLANK_VIEW, BLANK_WORD, Cells, Control, Step, View, Word
+from kvmbook.schedule import Action
+
+Page = tuple[int, ...]  # the number of a word, then of one view for each vCPU
+FLUSH, EXIT = 1, 2  # what a step on one page does to all others: nothing (0), a flush, an exit of vCPU v (EXIT + v)
+
+
+class Edge(NamedTuple):
+    """One step on one page. ``everywhere``: FLUSH, EXIT + v, or 0. ``unless``: a bit set; bit v: vCPU v handles a fault on
+    another page; then one bit each for mmu_lock held there for read, and for write."""
+
+    action: Action
+    page: Page
+    everywhere: int
+    unless: int
+
+
+@dataclass
+class UserEdge:
+    """A step of user space from one control: where to, if no page has ``something to say``, and if one has."""
+
+    action: Action
+    silent: Control
+    spoken: Control | None = None
+
+
+class PageSteps:
+    """The steps of one page with ``vcpus`` views, put together from cells."""
+
+    def __init__(self, cells: Cells, vcpus: int) -> None:
+        self.cells = cells
+        self.vcpus = vcpus
+        self.words, self.views = [BLANK_WORD], [BLANK_VIEW]
+        self._word_number, self._view_number = {BLANK_WORD: 0}, {BLANK_VIEW: 0}
+        self._edges: dict[tuple[Control, Page], list[Edge]] = {}
+        self._everywhere: dict[tuple[Control, Page, int], Page] = {}
+        self.locks = {"read": 1 << vcpus, "write": 2 << vcpus}
+
+    def page(self, word: Word, views: list[View]) -> Page:
+        if word not in self._word_number:
+            self._word_number[word] = len(self.words)
+            self.words.append(word)
+        for view in views:
+            if view not in self._view_number:
+                self._view_number[view] = len(self.views)
+                self.views.append(view)
+        return (self._word_number[word], *(self._view_number[view] for view in views))
+
+    def parts(self, page: Page) -> tuple[Word, list[View]]:
+        return self.words[page[0]], [self.views[number] for number in page[1:]]
+
+    def gates(self, page: Page) -> tuple[tuple[str | None, int] | None, ...]:
+        """For each vCPU the gate of its fault on this page, or None."""
+        faults = (self.views[number].fault for number in page[1:])
+        return tuple(fault.gate if fault is not None else None for fault in faults)
+
+    # ---- what happens on the page -----------------------------------------------------------------------------------
+
+    def edges(self, control: Control, page: Page) -> list[Edge]:
+        """All steps of the vCPUs and the host on this page, less those that wait for user space's mmu_lock."""
+        key = self.cells.calm(control), page
+        if key not in self._edges:
+            self._edges[key] = list(self._find_edges(*key))
+        edges = self._edges[key]
+        held = self.locks[control.lock] if control.lock is not None else 0
+        return [edge for edge in edges if not edge.unless & held] if held else edges
+
+    def _find_edges(self, calm: Control, page: Page):  # type: ignore[no-untyped-def]
+        word, views = self.parts(page)
+        held = {fault.lock: v for v, view in enumerate(views) if (fault := view.fault) is not None and fault.lock}
+        for v, view in enumerate(views):
+            waits = sum(self.locks[lock] for lock in self.locks if view.fault and self.cells.waits(view.fault, lock))
+            if any(self.locks[lock] & waits for lock, holder in held.items() if holder != v):
+                continue
+            for action, step in self.cells.vcpu_step(calm, word, view).items():
+                starts = view.fault is None and action.what != "forgets"
+                after = self._others(calm, step, [*views[:v], step.view, *views[v + 1 :]], v)
+                everywhere = FLUSH if step.flushed else EXIT + v if step.exited else 0
+                named = action._replace(who=action.who.replace("vCPU0", f"vCPU{v}"))
+                yield Edge(named, after, everywhere, waits | starts << v)
+        waits = sum(self.locks[lock] for lock in self.locks if self.cells.waits(None, lock))
+        if not held:
+            for action, step in self.cells.host_step(calm, word).items():
+                yield Edge(action, self._others(calm, step, views, -1), FLUSH * step.flushed, waits)
+
+    def _others(self, calm: Control, step: Step, views: list[View], mover: int) -> Page:
+        """The page after a step of vCPU ``mover`` (-1: the host): a flush concerns the other views too."""
+        page = self.page(step.word, views)
+        if not step.flushed:
+            return page
+        flushed = self.everywhere(calm, page, FLUSH)
+        return flushed if mover < 0 else (*flushed[: mover + 1], page[mover + 1], *flushed[mover + 2 :])
+
+    def everywhere(self, control: Control, page: Page, what: int) -> Page:
+        """What a flush, or the exit of one vCPU, makes of any page."""
+        key = self.cells.calm(control), page, what
+        if key not in self._everywhere:
+            word, views = self.parts(page)
+            concerned = range(self.vcpus) if what == FLUSH else [what - EXIT]
+            runs = self.cells.flushed if what == FLUSH else self.cells.exited
+            steps = {v: runs(key[0], word, views[v]) for v in concerned}
+            for v, step in steps.items():
+                views[v] = step.view
+            self._everywhere[key] = self.page(joined(word, [step.word for step in steps.values()]), views)
+        return self._everywhere[key]
+
+    # ---- what user space does to it ---------------------------------------------------------------------------------
+
+    def user_step(self, control: Control, action: Action, page: Page, number: int) -> tuple[Control, Page]:
+        """The control and the page after a step of user space; the page is the ``number``-th of the slot."""
+        word, views = self.parts(page)
+        run = self.cells.user_step
+        silent, blank, _ = run(control, action, page=number)
+        controls, after, _ = run(control, action, word, page=number)
+        alone = [run(control, action, BLANK_WORD, view, number) for view in views]
+        spoken = {c for c in (controls, *(c for c, _, _ in alone)) if c != silent}
+        assert len(spoken) <= 1, "parts of a page disagree on what user space learns"
+        changed = [after._replace(**_differences(blank, w)) for _, w, _ in alone]
+        return spoken.pop() if spoken else silent, self.page(joined(after, changed), [view for _, _, view in alone])
+
+    def lost(self, control: Control, page: Page) -> bool:
+        """Whether a write to the page is lost: written, and no view knows."""
+        word, views = self.parts(page)
+        return word.written and all(self.cells.lost(control, word, view) for view in views)
+
+
+def joined(word: Word, results: list[Word]) -> Word:
+    """What several changes of one word come to together: each field as it was, unless one of them changed it."""
+    changes = [_differences(word, result) for result in results]
+    return word._replace(**{name: new for change in changes for name, new in change.items()})
+
+
+def _differences(before: Word, after: Word) -> dict[str, int]:
+    return {name: new for name, old, new in zip(Word._fields, before, after, strict=True) if new != old}
