@@ -9,12 +9,11 @@ Pairs that agree in the control and in which faults are under way (their *gates*
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from kvmbook.cells import BLANK_VIEW, BLANK_WORD, Cells, Control, Step, View, Word
-from kvmbook.schedule import Action
+from kvmbook.schedule import Action, Grain
 
 Page = tuple[int, ...]  # the number of a word, then of one view for each vCPU
 FLUSH, EXIT = 1, 2  # what a step on one page does to all others: nothing (0), a flush, an exit of vCPU v (EXIT + v)
@@ -28,15 +27,6 @@ class Edge(NamedTuple):
     page: Page
     everywhere: int
     unless: int
-
-
-@dataclass
-class UserEdge:
-    """A step of user space from one control: where to, if no page has ``something to say``, and if one has."""
-
-    action: Action
-    silent: Control
-    spoken: Control | None = None
 
 
 class PageSteps:
@@ -147,3 +137,92 @@ def joined(word: Word, results: list[Word]) -> Word:
 
 def _differences(before: Word, after: Word) -> dict[str, int]:
     return {name: new for name, old, new in zip(Word._fields, before, after, strict=True) if new != old}
+
+
+# ---- all pairs -------------------------------------------------------------------------------------------------------
+
+Gates = tuple[tuple[str | None, int] | None, ...]
+Pair = tuple[Control, Page]
+
+
+@dataclass
+class UserSteps:
+    """One step of user space from one control. It leads to ``silent``, or to ``spoken`` if some page speaks: has something
+    that user space learns by this step. ``becomes[number][pair]``: the ``number``-th page afterwards, and whether it
+    speaks."""
+
+    action: Action
+    silent: Control
+    spoken: Control | None
+    becomes: list[dict[int, tuple[Page, bool]]]
+
+
+class Pairs:
+    """All pairs of a slot with ``cells.pages`` pages and ``vcpus`` vCPUs, numbered as they are found.
+
+    ``pairs[i]``: control and page; ``edges[i]``: its steps; ``block[i]``: its block; ``blocks``: control and gates of each;
+    ``holds_up_user[b]``: whether user space must wait while a page is in block b; ``users[control]``: its steps; ``everywhere[what][i]``: the pair that a flush or an exit makes of pair i.
+    """
+
+    def __init__(self, cells: Cells, vcpus: int) -> None:
+        self.cells, self.vcpus = cells, vcpus
+        self.steps = PageSteps(cells, vcpus)
+        self.numbers = range(cells.pages) if cells.grain is Grain.STEP else range(1)  # only there a pass tells pages apart
+        self.effects = [FLUSH, *(EXIT + v for v in range(vcpus))]
+        self.pairs: list[Pair] = []
+        self.number: dict[Pair, int] = {}
+        self.edges: list[list[Edge]] = []
+        self.blocks: list[tuple[Control, Gates]] = []
+        self.block: list[int] = []
+        self.holds_up_user: list[bool] = []
+        self.users: dict[Control, list[UserSteps]] = {}
+        self.everywhere: dict[int, list[int]] = {what: [] for what in self.effects}
+        self._block_number: dict[tuple[Control, Gates], int] = {}
+        self.find(cells.start, (0,) * (vcpus + 1))
+        for number, (control, page) in enumerate(self.pairs):  # grows while we go
+            self._visit(number, control, page)
+
+    def find(self, control: Control, page: Page) -> int:
+        """The number of a pair, a new one if it was not found before."""
+        number = self.number.setdefault((control, page), len(self.pairs))
+        if number == len(self.pairs):
+            self.pairs.append((control, page))
+            key = control, self.steps.gates(page)
+            self.block.append(self._block_number.setdefault(key, len(self.blocks)))
+            if self.block[-1] == len(self.blocks):
+                self.blocks.append(key)
+                faults = [fault for view in self.steps.parts(page)[1] if (fault := view.fault) is not None]
+                self.holds_up_user.append(any(self.cells.blocks_user(control, fault) for fault in faults))
+        return number
+
+    def _visit(self, number: int, control: Control, page: Page) -> None:
+        self.edges.append(self.steps.edges(control, page))
+        for edge in self.edges[-1]:
+            self.find(control, edge.page)
+        for what in self.effects:
+            self.everywhere[what].append(self.find(control, self.steps.everywhere(control, page, what)))
+        if control not in self.users:
+            actions = self.cells.user_starts(control)
+            silent = [self.cells.user_step(control, action)[0] for action in actions]
+            self.users[control] = [
+                UserSteps(action, to, None, [{} for _ in self.numbers]) for action, to in zip(actions, silent, strict=True)
+            ]
+        for user in () if self.holds_up_user[self.block[number]] else self.users[control]:
+            for which in self.numbers:
+                self._visit_by_user(number, user, which)
+
+    def _visit_by_user(self, number: int, user: UserSteps, which: int) -> None:
+        """Another page may speak or not: what a silent page becomes, it may become in both controls."""
+        control, page = self.pairs[number]
+        after, becomes = self.steps.user_step(control, user.action, page, which)
+        speaks = after != user.silent
+        if speaks and user.spoken is None:
+            user.spoken = after
+            for known, _ in (pair for table in user.becomes for pair in table.values()):
+                self.find(after, known)
+        assert not speaks or after == user.spoken, "pages disagree on what user space learns"
+        user.becomes[which][number] = becomes, speaks
+        if user.spoken is not None:
+            self.find(user.spoken, becomes)
+        if not speaks:
+            self.find(user.silent, becomes)
