@@ -106,7 +106,17 @@ class Cells:
         self._leaf = [self._vm.page_tables.walk(self._vm.l1_root, BASE_GFN + page) for page in range(pages)]
         self._exemplars: dict[Control, tuple[MemorySlot, Operation | None]] = {}
         self.start = self._control()
-        for name in ("vcpu_step", "host_step", "flushed", "exited", "waits", "lost", "user_step", "user_starts", "blocks_user"):
+        for name in (
+            "vcpu_step",
+            "host_step",
+            "flushed",
+            "exited",
+            "waits",
+            "lost",
+            "user_step",
+            "user_starts",
+            "blocks_user",
+        ):
             setattr(self, name, cache(getattr(self, name)))
 
     # ---- putting parts in, taking parts out -------------------------------------------------------------------------
@@ -116,7 +126,10 @@ class Cells:
         vm, operation = self._vm, self._operation()
         slot, said = vm.memslots.slots[0, 0], None
         if operation is not None:
-            words, learned = getattr(operation, "words", ()), (getattr(operation, "flush", None), getattr(operation, "cursor", None))
+            words, learned = (
+                getattr(operation, "words", ()),
+                (getattr(operation, "flush", None), getattr(operation, "cursor", None)),
+            )
             said = (type(operation).__name__, tuple(operation.todo), operation.lock, *learned, tuple(words))
         control = Control(said, slot.logs_dirty, bool(vm.watched), vm.nr_memslots_dirty_logging)
         if control not in self._exemplars:
@@ -184,7 +197,9 @@ class Cells:
         fault = None
         if isinstance(op := vcpu.fault, PageFault):
             current = op.slot is vm.memslots.slots[0, 0]
-            fault = Fault(op.kind, tuple(op.todo), op.lock, current, op.generation, op.retries, op.old_spte, op.new_spte)
+            fault = Fault(
+                op.kind, tuple(op.todo), op.lock, current, op.generation, op.retries, op.old_spte, op.new_spte
+            )
         return View(vcpu.tlb.entries.get(("L1", gfn, 1)), gfn in vcpu.pml, fault)
 
     def _step(self, loaded: Word, run: Callable[[], object]) -> Step:
@@ -199,7 +214,9 @@ class Cells:
 
     def vcpu_step(self, calm: Control, word: Word, view: View) -> dict[Action, Step]:
         """All that the vCPU, or KVM on its behalf, could do here if no lock were held elsewhere; without "exits"."""
-        moves = [a for a in possible(self._load(calm, word, view), self.grain) if "vCPU0" in a.who and a.what != "exits"]
+        moves = [
+            a for a in possible(self._load(calm, word, view), self.grain) if "vCPU0" in a.who and a.what != "exits"
+        ]
         return {action: self._act(calm, word, view, action) for action in moves if action.page in (None, 0)}
 
     def host_step(self, calm: Control, word: Word) -> dict[Action, Step]:

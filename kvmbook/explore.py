@@ -1,28 +1,32 @@
 """Every interleaving of a small VM: can a write be lost, by which shortest run, and over how many states is that known?
 
-The meaning of each step comes from the model (`kvmbook.cells`, `kvmbook.tables`); this module only counts. A state of a
-VM is one block of pairs per page, and within each block one pair; so all states together are a few boxes, and a state
-is a number. What the search has seen is one byte for each number: the level it was met at. That gives a breadth-first
-search without a hash table, whose every level is a handful of gathers.
+The meaning of each step comes from the model (`kvmbook.cells`, `kvmbook.tables`); this module only counts. A state of the
+VM is one pair for each page. Which block each page's pair lies in is the *situation*; within a situation every combination
+of pairs gets a number, so that a state is a number and what the search knows of it is one byte: the level at which it was
+met. That makes a breadth-first search without a hash table, whose every level is a handful of gathers.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from kvmbook.cells import Cells
+from kvmbook.cells import Cells, Control
 from kvmbook.hardware import Hardware
 from kvmbook.kernel import Kernel
 from kvmbook.schedule import Action, Grain, replay, smallest_vm
-from kvmbook.tables import EXIT, FLUSH, Pairs
+from kvmbook.tables import EXIT, Pairs, UserSteps
 from kvmbook.vm import Vm
 
 UNSEEN = 255
-CHUNK = 1 << 16  # states handled at once: what they gather from stays in the cache
+CHUNK = 1 << 16  # states handled at once: what they gather stays in the cache
+MOST_STATES = 1 << 32  # one byte each
+
+Situation = tuple[int, ...]  # for each page the block of its pair
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -51,289 +55,374 @@ class Result:
         return replay(vm, self.trace or (), self.grain)
 
     def __str__(self) -> str:
-        size = f"{self.states} states, {self.transitions} transitions, depth {self.depth}"
-        bounds = f"{self.pages} page(s), {self.vcpus} vCPU(s), cut by {self.grain.value}: {size}"
-        if self.trace is None:
-            return f"{bounds}\nno run loses a write"
-        steps = "\n".join(f"{number:3}  {action}" for number, action in enumerate(self.trace, 1))
-        return f"{bounds}\na shortest run that loses a write, {len(self.trace)} steps:\n{steps}"
+        size = f"{self.states:,} states, {self.transitions:,} transitions, depth {self.depth}"
+        found = "no run loses a write"
+        if self.trace is not None:
+            steps = (f"{number:3}  {action}" for number, action in enumerate(self.trace, 1))
+            found = "\n".join([f"a shortest run that loses a write, {len(self.trace)} steps:", *steps])
+        return f"{self.pages} page(s), {self.vcpus} vCPU(s), cut by {self.grain.value}: {size}\n{found}"
 
 
 def explore(
-    hardware: Hardware, kernel: Kernel, pages: int = 1, vcpus: int = 1, grain: Grain = Grain.STEP
+    hardware: Hardware,
+    kernel: Kernel,
+    pages: int = 1,
+    vcpus: int = 1,
+    grain: Grain = Grain.STEP,
+    progress: Progress | None = None,
 ) -> Result:
     """Search all runs of ``vcpus`` vCPUs on one slot of ``pages`` 4K pages.
 
-    Bounds: accesses are reads and writes; the host only ages; harvests are KVM_GET_DIRTY_LOG; PML buffers do not fill;
-    the fast path tries twice.
+    Bounds: accesses are reads and writes; the host only ages; harvests are KVM_GET_DIRTY_LOG; PML buffers do not fill; the
+    fast path tries twice. ``progress`` is called now and then with the level and the number of states met so far.
+    Raises ValueError for sizes below 1, and, before it searches, for sizes that would need more than 4 GiB.
     """
-    space = Space(Pairs(Cells(hardware, kernel, pages, grain), vcpus), pages)
-    return Search(space).result(hardware, kernel, grain)
+    space = space_of(hardware, kernel, pages, vcpus, grain)
+    if len(space) > MOST_STATES:
+        fits = next(
+            p for p in range(pages - 1, 0, -1) if len(space_of(hardware, kernel, p, vcpus, grain)) <= MOST_STATES
+        )
+        raise ValueError(
+            f"{pages} pages and {vcpus} vCPUs make up to {len(space):,} states, {len(space) / 2**30:,.1f} GiB at one byte "
+            f"each; {fits} page(s) fit. kvmbook.products counts them without visiting them"
+        )
+    search = Search(space)
+    search.run(progress)
+    return Result(
+        hardware, kernel, pages, vcpus, grain, search.states, search.transitions, search.depth, search.shortest_loss()
+    )
+
+
+def space_of(hardware: Hardware, kernel: Kernel, pages: int, vcpus: int, grain: Grain) -> Space:
+    """The states of that VM, numbered, none of them visited yet."""
+    return Space(Pairs(Cells(hardware, kernel, pages, grain), vcpus))
 
 
 class Space:
-    """All states as numbers. A *situation* is one block per page, all of one control, no vCPU busy on two pages. State i of
-    situation s is ``base[s]`` plus, for each page, the rank of its pair in its block times ``stride[s, page]``."""
+    """All states as numbers.
 
-    def __init__(self, pairs: Pairs, pages: int) -> None:
-        self.pairs, self.pages = pairs, pages
-        order = np.argsort(np.array(pairs.block), kind="stable")  # pairs by block
-        self.number = np.empty(len(order), np.int64)
-        self.number[order] = np.arange(len(order))  # the pairs' numbers as found -> by block
-        self.block = np.array(pairs.block)[order]
-        self.first = np.searchsorted(self.block, np.arange(len(pairs.blocks)))
+    ``situations[s]``: for each page a block, all of one control, no vCPU busy on two pages. State ``base[s] + sum(rank[p] *
+    stride[s, p])`` is the one in which the pair of page p is the rank[p]-th of its block. In the arrays pairs are numbered
+    block by block: ``order[i]`` is the number that `Pairs` gave to pair i, ``place[i]`` goes the other way.
+    """
+
+    def __init__(self, pairs: Pairs) -> None:
+        self.pairs, self.pages = pairs, pairs.cells.pages
+        self.order = np.argsort(np.array(pairs.block), kind="stable")
+        self.place = np.argsort(self.order)
+        self.block = np.array(pairs.block)[self.order]
         self.size = np.bincount(self.block)
-        controls = {control: n for n, control in enumerate(pairs.users)}
-        gates = {gates: n for n, gates in enumerate(dict.fromkeys(gates for _, gates in pairs.blocks))}
+        self.first = np.cumsum(self.size) - self.size
+        controls = {control: number for number, control in enumerate(pairs.users)}
+        gates = {gates: number for number, gates in enumerate(dict.fromkeys(gates for _, gates in pairs.blocks))}
         self.control = np.array([controls[control] for control, _ in pairs.blocks])
-        self.gate = np.array([gates[g] for _, g in pairs.blocks])
-        self.busy = [self._busy(g) for _, g in pairs.blocks]
-        self._block_edges()
-        self.situations = self._closure()
+        self.gates = np.array([gates[g] for _, g in pairs.blocks])
+        self.busy = [pairs.steps.seen_elsewhere(g) for _, g in pairs.blocks]
+        self.situations = self._reachable_situations()
         self.blocks = np.array(self.situations)
         sizes = self.size[self.blocks]
-        self.stride = np.cumprod(np.hstack([np.ones((len(sizes), 1), np.int64), sizes[:, :0:-1]]), axis=1)[:, ::-1].copy()
         self.base = np.concatenate([[0], np.cumsum(sizes.prod(axis=1))])
-        self.weight = len(gates) ** np.arange(pages)
-        self.lookup = np.full((len(controls), len(gates) ** pages), -1)
-        self.lookup[self.control[self.blocks[:, 0]], self.gate[self.blocks] @ self.weight] = np.arange(len(sizes))
+        self.stride = np.cumprod(np.roll(sizes, -1, axis=1)[:, ::-1], axis=1)[:, ::-1] // sizes[:, :1]
+        self.weight = len(gates) ** np.arange(self.pages)
+        self.lookup = np.full((len(controls), len(gates) ** self.pages), -1)
+        self.lookup[self.control[self.blocks[:, 0]], self.gates[self.blocks] @ self.weight] = np.arange(len(sizes))
 
     def __len__(self) -> int:
         return int(self.base[-1])
 
-    def _busy(self, gates) -> int:
-        busy = sum(1 << v for v, gate in enumerate(gates) if gate is not None)
-        locks = [gate[0] for gate in gates if gate is not None and gate[0] is not None]
-        return busy | sum({self.pairs.steps.locks[lock] for lock in locks})
+    def elsewhere(self, situation: Situation, page: int) -> int:
+        """What goes on on the pages other than ``page``, as `Edge.unless` counts it."""
+        masks = (self.busy[block] for other, block in enumerate(situation) if other != page)
+        together = 0
+        for mask in masks:
+            together |= mask
+        return together
 
-    def _block_edges(self) -> None:
-        pairs = self.pairs
-        self.ways: list[set[tuple[int, int]]] = [set() for _ in pairs.blocks]
-        for number, edges in enumerate(pairs.edges):
-            control = pairs.pairs[number][0]
-            self.ways[pairs.block[number]] |= {(pairs.block[pairs.number[control, e.page]], e.unless) for e in edges}
-
-    def foreign(self, situation: tuple[int, ...], page: int) -> int:
-        """What goes on on the other pages, as `Edge.unless` counts it."""
-        mask = 0
-        for other, block in enumerate(situation):
-            mask |= self.busy[block] * (other != page)
-        return mask
-
-    def _closure(self) -> list[tuple[int, ...]]:
-        start = (self.pairs.block[0],) * self.pages
-        found, todo = {start: None}, [start]
-        while todo:
-            here = todo.pop()
-            for there in itertools.chain(self._by_page(here), self._by_user(here)):
-                if there not in found:
-                    found[there] = None
-                    todo.append(there)
-        return sorted(found)
-
-    def _by_page(self, here: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-        for page, block in enumerate(here):
-            foreign = self.foreign(here, page)
-            for to, unless in self.ways[block]:
-                if not unless & foreign:
-                    yield (*here[:page], to, *here[page + 1 :])
-
-    def user_waits(self, situation) -> bool:
+    def user_waits(self, situation: Situation) -> bool:
+        """Whether user space must wait for a fault."""
         return any(self.pairs.holds_up_user[block] for block in situation)
 
-    def _by_user(self, here: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-        if self.user_waits(here):
-            return
-        control = self.pairs.blocks[here[0]][0]
-        for user in self.pairs.users[control]:
-            for after in {user.silent, user.spoken or user.silent}:
-                yield from itertools.product(*(self._blocks_after(user, block, after) for block in here))
+    def users(self, situation: Situation) -> list[UserSteps]:
+        """What user space could do next."""
+        return [] if self.user_waits(situation) else self.pairs.users[self.pairs.blocks[situation[0]][0]]
 
-    def _blocks_after(self, user, block, after):
-        if not hasattr(self, "_after"):
-            self._after = {}
-        key = (id(user), block, after)
-        if key not in self._after:
-            pairs = self.pairs
-            pages = {page for table in user.becomes for number, (page, speaks) in table.items() if pairs.block[number] == block and (not speaks or after == user.spoken)}
-            self._after[key] = {pairs.block[pairs.number[after, page]] for page in pages}
-        return self._after[key]
+    def _reachable_situations(self) -> list[Situation]:
+        pairs = self.pairs
+        ways: list[set[tuple[int, int]]] = [
+            set() for _ in pairs.blocks
+        ]  # steps from block to block, with their conditions
+        for number, edges in enumerate(pairs.edges):
+            control = pairs.pairs[number][0]
+            ways[pairs.block[number]] |= {(pairs.block_of(control, edge.page), edge.unless) for edge in edges}
+        start = (pairs.block[0],) * self.pages
+        found, todo = {start}, [start]
+        while todo:
+            here = todo.pop()
+            new = {there for there in itertools.chain(self._by_page(here, ways), self._by_user(here))} - found
+            found |= new
+            todo += new
+        return sorted(found)
+
+    def _by_page(self, here: Situation, ways: list[set[tuple[int, int]]]) -> Iterator[Situation]:
+        for page, block in enumerate(here):
+            elsewhere = self.elsewhere(here, page)
+            for to, unless in ways[block]:
+                if not unless & elsewhere:
+                    yield (*here[:page], to, *here[page + 1 :])
+
+    def _by_user(self, here: Situation) -> Iterator[Situation]:
+        for user in self.users(here):
+            for after in {user.silent, user.spoken or user.silent}:
+                yield from itertools.product(*(self.pairs.blocks_after(user, block, after) for block in here))
 
 
 class Search:
-    """Breadth-first over a `Space`."""
+    """Breadth-first over a `Space`. After `run`: ``states``, ``transitions``, ``depth``, and ``level``, one byte a state."""
 
     def __init__(self, space: Space) -> None:
         self.space = space
-        self.seen = np.full(len(space), UNSEEN, np.uint8)
-        self._tables()
+        pairs, place = space.pairs, space.place
+        self.everywhere = {what: place[np.array(to)[space.order]] for what, to in pairs.everywhere.items()}
+        unchanged = np.arange(len(place))
+        self.quiet = {what for what, to in self.everywhere.items() if np.array_equal(to, unchanged)}
+        self.lost = np.array([pairs.steps.lost(*pair) for pair in pairs.pairs])[space.order]
+        self._rows_of_edges()
+        self._columns_of_user_steps()
+        self.idle = np.array([[not self._busy(s, v) for v in range(pairs.vcpus)] for s in space.situations])
 
-    # ---- tables -----------------------------------------------------------------------------------------------------
+    def _busy(self, situation: Situation, vcpu: int) -> bool:
+        return any(self.space.busy[block] >> vcpu & 1 for block in situation)
 
-    def _tables(self) -> None:
-        space, pairs = self.space, self.space.pairs
-        number = space.number
-        self.rows: dict[tuple[int, int], int] = {}  # (block, what goes on elsewhere) -> first row
-        stay, leave, degree = [], [], []
-        quiet = {what for what in pairs.effects if pairs.everywhere[what] == list(range(len(number)))}
-        members: list[list[int]] = [[] for _ in pairs.blocks]
-        for pair, block in enumerate(pairs.block):
-            members[block].append(pair)
+    # ---- tables to gather from --------------------------------------------------------------------------------------
+
+    def _rows_of_edges(self) -> None:
+        """One row for each pair and for what may go on elsewhere, with the steps that are possible then: those that stay in
+        the block as differences, the others as (everywhere, pair)."""
+        space, members = self.space, np.split(self.space.order, self.space.first[1:])
+        rows: dict[tuple[int, int], int] = {}
+        near: list[list[int]] = []
+        far: list[list[tuple[int, int]]] = []
+        degree: list[int] = []
         self.row = np.empty_like(space.blocks)
         for s, situation in enumerate(space.situations):
             for page, block in enumerate(situation):
-                foreign = space.foreign(situation, page)
-                if (block, foreign) not in self.rows:
-                    self.rows[block, foreign] = len(degree)
+                elsewhere = space.elsewhere(situation, page)
+                if rows.setdefault((block, elsewhere), len(degree)) == len(degree):
                     for pair in members[block]:
-                        control = pairs.pairs[pair][0]
-                        edges = [(pairs.number[control, e.page], e) for e in pairs.edges[pair] if not e.unless & foreign]
-                        edges = [(to, e._replace(everywhere=0) if e.everywhere in quiet else e) for to, e in edges]
-                        near = {int(number[to] - number[pair]) for to, e in edges if not e.everywhere and pairs.block[to] == block}
-                        stay.append(sorted(near - {0}))
-                        leave.append(sorted({(e.everywhere, int(number[to])) for to, e in edges if e.everywhere or pairs.block[to] != block}))
-                        degree.append(len(edges))
-                self.row[s, page] = self.rows[block, foreign]
+                        steps = self._edges(int(pair), elsewhere)
+                        stays = [not what and space.block[to] == block for what, to in steps]
+                        here = int(space.place[pair])
+                        near.append(
+                            sorted({to - here for (_, to), stay in zip(steps, stays, strict=True) if stay} - {0})
+                        )
+                        far.append(sorted({step for step, stay in zip(steps, stays, strict=True) if not stay}))
+                        degree.append(len(steps))
+                self.row[s, page] = rows[block, elsewhere]
         self.degree = np.array(degree)
-        self.stay = _columns(stay, 0)
-        self.leave = {}
-        for what in [0, *pairs.effects]:
-            self.leave[what] = _columns([[to for w, to in row if w == what] for row in leave], -1)
-        self.everywhere = {}
-        for what in pairs.effects:
-            to = np.empty_like(number)
-            to[number] = number[pairs.everywhere[what]]
-            self.everywhere[what] = to
-        self.exit_pages = [self.everywhere[EXIT + v] != np.arange(len(number)) for v in range(pairs.vcpus)]
-        lost = np.zeros(len(number), bool)
-        lost[number] = [pairs.steps.lost(*pair) for pair in pairs.pairs]
-        self.lost = lost
-        self._user_tables()
+        self.near = _columns(near, 0)
+        self.far = {
+            what: _columns([[to for w, to in row if w == what] for row in far], -1) for what in (0, *self.everywhere)
+        }
 
-    def _user_tables(self) -> None:
-        space, pairs, number = self.space, self.space.pairs, self.space.number
-        self.user = []  # by column: (has, silent control, spoken control, targets [page][pair] silent, spoken, speaks)
-        controls = {control: n for n, control in enumerate(pairs.users)}
-        most = max(len(users) for users in pairs.users.values())
-        for column in range(most):
-            to = np.full((2, len(pairs.numbers), len(number)), -1)
-            speaks = np.zeros((len(pairs.numbers), len(number)), bool)
-            for control, users in pairs.users.items():
-                if column < len(users):
-                    user = users[column]
-                    for which, table in enumerate(user.becomes):
-                        for pair, (page, says) in table.items():
-                            speaks[which, number[pair]] = says
-                            if not says:
-                                to[0, which, number[pair]] = number[pairs.number[user.silent, page]]
-                            if user.spoken is not None:
-                                to[1, which, number[pair]] = number[pairs.number[user.spoken, page]]
+    def _edges(self, pair: int, elsewhere: int) -> list[tuple[int, int]]:
+        """The steps of one pair: what they do everywhere, if that is anything, and the pair that they lead to."""
+        pairs, control = self.space.pairs, self.space.pairs.pairs[pair][0]
+        return [
+            (
+                0 if edge.everywhere in self.quiet else edge.everywhere,
+                int(self.space.place[pairs.number[control, edge.page]]),
+            )
+            for edge in pairs.edges[pair]
+            if not edge.unless & elsewhere
+        ]
+
+    def _columns_of_user_steps(self) -> None:
+        """For the first, second, ... step of user space: what each pair becomes, in the silent and the spoken control, and
+        whether it speaks; by page, if that makes a difference."""
+        space, pairs = self.space, self.space.pairs
+        self.user: list[tuple[np.ndarray, np.ndarray]] = []
+        for nth in range(max(map(len, pairs.users.values()))):
+            to = np.full((2, len(pairs.numbers), len(space.place)), -1)
+            speaks = np.zeros((len(pairs.numbers), len(space.place)), bool)
+            for steps in pairs.users.values():
+                for which, becomes in enumerate(steps[nth].becomes if nth < len(steps) else ()):
+                    for pair, (page, says) in becomes.items():
+                        here = space.place[pair]
+                        speaks[which, here] = says
+                        for column, control in enumerate((steps[nth].silent, steps[nth].spoken)):
+                            if control is not None and not (says and column == 0):
+                                to[column, which, here] = space.place[pairs.number[control, page]]
             self.user.append((to, speaks))
-        waits = np.array([space.user_waits(s) for s in space.situations])
-        count = np.array([len(pairs.users[pairs.blocks[s[0]][0]]) for s in space.situations])
-        self.user_steps = np.where(waits, 0, count)
-        self.idle = np.array([[not any(space.busy[b] >> v & 1 for b in s) for v in range(pairs.vcpus)] for s in space.situations])
+        self.user_steps = np.array([len(space.users(situation)) for situation in space.situations])
 
     # ---- one level --------------------------------------------------------------------------------------------------
 
-    def successors(self, states: np.ndarray) -> Iterator[tuple[np.ndarray | None, np.ndarray]]:
-        """Yield (which of ``states``, None for all; what one step makes of them), repetitions included."""
+    def _take_apart(self, states: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Of each state the situation, and for each page the rank of its pair."""
         space = self.space
-        at = np.searchsorted(space.base, states, side="right") - 1
-        rest = states - space.base[at]
-        ranks, rows, pair = [], [], []
-        for page in range(space.pages):
-            if page < space.pages - 1:
-                rank, rest = np.divmod(rest, space.stride[at, page])
-            else:
-                rank = rest
+        situation = np.searchsorted(space.base, states, side="right") - 1
+        rest, ranks = states - space.base[situation], []
+        for page in range(space.pages - 1):
+            rank, rest = np.divmod(rest, space.stride[:, page].take(situation))
             ranks.append(rank)
-            rows.append(rank + self.row[at, page])
-            pair.append(rank + space.first[space.blocks[at, page]])
-        self.transitions += int(self.user_steps[at].sum())
-        for page in range(space.pages):
-            row, stride = rows[page], space.stride[at, page]
-            self.transitions += int(self.degree[row].sum())
-            for column in self.stay:
-                yield None, states + column.take(row) * stride
-            for what, columns in self.leave.items():
+        return situation, [*ranks, rest]
+
+    def _put_together(self, pairs: list[np.ndarray]) -> np.ndarray:
+        """The states that are made of these pairs, one array for each page."""
+        space = self.space
+        blocks = [space.block.take(pair) for pair in pairs]
+        code = sum(space.gates.take(block) * weight for block, weight in zip(blocks, space.weight, strict=True))
+        situation = space.lookup[space.control.take(blocks[0]), code]
+        states: np.ndarray = space.base.take(situation)
+        for page, (pair, block) in enumerate(zip(pairs, blocks, strict=True)):
+            states += (pair - space.first.take(block)) * space.stride[:, page].take(situation)
+        return states
+
+    def successors(self, states: np.ndarray) -> Iterator[tuple[np.ndarray | slice, np.ndarray]]:
+        """Yield (which of ``states``; what one step makes of these), until all steps are done. States that a step does not
+        change may be left out. Adds to ``transitions``."""
+        space = self.space
+        situation, ranks = self._take_apart(states)
+        pairs = [rank + space.first.take(space.blocks[:, page].take(situation)) for page, rank in enumerate(ranks)]
+        for page, rank in enumerate(ranks):
+            row, stride = rank + self.row[:, page].take(situation), space.stride[:, page].take(situation)
+            self.transitions += int(self.degree.take(row).sum())
+            for column in self.near:  # the situation stays, so the number changes by a multiple of the stride
+                yield slice(None), states + column.take(row) * stride
+            for what, columns in self.far.items():
                 for column in columns:
-                    to = column[row]
+                    to = column.take(row)
                     which = np.flatnonzero(to >= 0)
                     if which.size:
-                        yield which, self._index([
-                            to[which] if other == page else pair[other][which] if not what else self.everywhere[what][pair[other][which]]
-                            for other in range(space.pages)
-                        ])
-        for v, exits in enumerate(self.exit_pages):
-            drained = exits[pair[0]]
-            for p in pair[1:]:
-                drained = drained | exits[p]
-            which = np.flatnonzero(drained & self.idle[at, v])
-            if which.size:
-                self.transitions += which.size
-                yield which, self._index([self.everywhere[EXIT + v][p[which]] for p in pair])
-        for column, (to, speaks) in enumerate(self.user):
-            which = np.flatnonzero(self.user_steps[at] > column)
-            if which.size:
-                here = [p[which] for p in pair]
-                spoken = np.zeros(which.size, bool)
-                for page, p in enumerate(here):
-                    spoken |= speaks[page % len(speaks)][p]
-                yield which, self._index([to[spoken.astype(int), page % len(speaks), p] for page, p in enumerate(here)])
+                        after = [pair.take(which) for pair in pairs]
+                        if what:
+                            after = [self.everywhere[what].take(pair) for pair in after]
+                        after[page] = to.take(which)
+                        yield which, self._put_together(after)
+        yield from self._exits(situation, pairs)
+        yield from self._user_space(situation, pairs)
 
-    def _index(self, pair: list[np.ndarray]) -> np.ndarray:
-        """The numbers of the states that are made of these pairs."""
-        space = self.space
-        blocks = [space.block[p] for p in pair]
-        code = sum(space.gate[b] * w for b, w in zip(blocks, space.weight))
-        at = space.lookup[space.control[blocks[0]], code]
-        return space.base[at] + sum((p - space.first[b]) * space.stride[at, page] for page, (p, b) in enumerate(zip(pair, blocks)))
+    def _exits(self, situation: np.ndarray, pairs: list[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """A vCPU in the guest whose PML buffer holds some page leaves it."""
+        for vcpu in range(self.space.pairs.vcpus):
+            drained = self.everywhere[EXIT + vcpu]
+            if EXIT + vcpu not in self.quiet:
+                changes = np.any([drained.take(pair) != pair for pair in pairs], axis=0)
+                which = np.flatnonzero(changes & self.idle[:, vcpu].take(situation))
+                self.transitions += which.size
+                yield which, self._put_together([drained.take(pair.take(which)) for pair in pairs])
+
+    def _user_space(self, situation: np.ndarray, pairs: list[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """All pages change at once; where to depends on whether one of them speaks."""
+        possible = self.user_steps.take(situation)
+        self.transitions += int(possible.sum())
+        for nth, (to, speaks) in enumerate(self.user):
+            which = np.flatnonzero(possible > nth)
+            here = [pair.take(which) for pair in pairs]
+            spoken = np.zeros(which.size, int)
+            for page, pair in enumerate(here):
+                spoken |= speaks[page % len(speaks)].take(pair)
+            yield which, self._put_together([to[spoken, page % len(speaks), pair] for page, pair in enumerate(here)])
 
     # ---- the whole search -------------------------------------------------------------------------------------------
 
-    def run(self):
-        seen, self.transitions = self.seen, 0
-        start = self._index([self.space.number[:1]] * self.space.pages)
-        seen[start] = 0
-        frontier, level, states, self.loss = start, 0, 0, None
+    def run(self, progress: Progress | None = None) -> None:
+        """Visit all states. What it finds is in this object alone: it can be interrupted at any time."""
+        self.level = np.full(len(self.space), UNSEEN, np.uint8)
+        self.transitions, self.states, self.depth = 0, 0, 0
+        frontier = self._put_together([self.space.place[:1]] * self.space.pages)
+        self.level[frontier] = 0
         while frontier.size:
-            states += frontier.size
-            if self.loss is None:
-                lost = self._lost(frontier)
-                if lost.size:
-                    self.loss = level, int(lost[0])
-            fresh = []
-            level += 1
-            for begin in range(0, frontier.size, CHUNK):
-                for _, after in self.successors(frontier[begin : begin + CHUNK]):
-                    new = after.compress(seen.take(after) == UNSEEN)
-                    if new.size:
-                        seen[new] = level
-                        fresh.append(new)
-            total = sum(map(len, fresh))
-            if total * 50 < len(seen):
-                frontier = np.unique(np.concatenate(fresh)) if fresh else np.empty(0, np.int64)
-            else:
-                frontier = np.flatnonzero(seen == level)
-        self.states, self.depth = states, level - 1
-        return self
+            self.states += frontier.size
+            frontier = self._next(frontier, progress)
+            self.depth += bool(frontier.size)
 
-    def _lost(self, states):
-        space = self.space
-        at = np.searchsorted(space.base, states, side="right") - 1
-        rest = states - space.base[at]
-        lost = np.zeros(states.size, bool)
-        for page in range(space.pages):
-            rank, rest = np.divmod(rest, space.stride[at, page])
-            lost |= self.lost[rank + space.first[space.blocks[at, page]]]
-        return states[lost]
+    def _next(self, frontier: np.ndarray, progress: Progress | None) -> np.ndarray:
+        """The states that are first met from these, in ascending order, so that gathers go through memory in order too."""
+        level, number, met, count = self.level, self.depth + 1, [], 0
+        if number == UNSEEN:
+            raise ValueError(f"a run of {UNSEEN} steps: one byte is too small for the level of a state")
+        for begin in range(0, frontier.size, CHUNK):
+            for _, after in self.successors(frontier[begin : begin + CHUNK]):
+                new = after.compress(level.take(after) == UNSEEN)
+                level[new] = number
+                met.append(new)
+                count += new.size
+            if progress is not None:
+                progress(number, self.states + count)
+        if count * 50 > len(level):
+            return np.flatnonzero(level == number)
+        return np.unique(np.concatenate(met))
+
+    # ---- a shortest run ---------------------------------------------------------------------------------------------
+
+    def shortest_loss(self) -> tuple[Action, ...] | None:
+        """The first, in the order of `actions`, of the shortest runs that lose a write; None if no run does."""
+        counted = self.transitions
+        goals = next(
+            (g for n in range(self.depth + 1) if (g := self._losing(np.flatnonzero(self.level == n))).size), None
+        )
+        if goals is None:
+            return None
+        length = int(self.level[goals[0]])
+        good = [goals]  # from the end to the start: the states on some shortest run
+        for number in range(length - 1, -1, -1):
+            states = np.flatnonzero(self.level == number)
+            leads = np.zeros(states.size, bool)
+            for begin in range(0, states.size, CHUNK):
+                part = leads[begin : begin + CHUNK]
+                for which, after in self.successors(states[begin : begin + CHUNK]):
+                    part[which] |= np.isin(after, good[-1])
+            good.append(states.compress(leads))
+        self.transitions = counted
+        trace, here = [], int(good.pop()[0])
+        for goal in reversed(good):
+            action, here = next(step for step in self.actions(here) if step[1] in goal)
+            trace.append(action)
+        return tuple(trace)
+
+    def _losing(self, states: np.ndarray) -> np.ndarray:
+        """Those states in which a write is lost."""
+        situation, ranks = self._take_apart(states)
+        blocks = self.space.blocks[situation]
+        lost = [self.lost.take(rank + self.space.first.take(blocks[:, page])) for page, rank in enumerate(ranks)]
+        return states.compress(np.any(lost, axis=0))
+
+    def actions(self, state: int) -> list[tuple[Action, int]]:
+        """The steps possible in one state, and where they lead: vCPUs first, then KVM for them, the host, user space."""
+        space, pairs = self.space, self.space.pairs
+        number, ranks = self._take_apart(np.array([state]))
+        situation = space.situations[number[0]]
+        here = [int(space.order[space.first[block] + rank[0]]) for block, rank in zip(situation, ranks, strict=True)]
+        control = pairs.pairs[here[0]][0]
+        steps: list[tuple[Action, list[int]]] = []
+        for page, pair in enumerate(here):
+            for edge in pairs.edges[pair]:
+                if not edge.unless & space.elsewhere(situation, page):
+                    after = [pairs.everywhere[edge.everywhere][p] for p in here] if edge.everywhere else list(here)
+                    after[page] = pairs.number[control, edge.page]
+                    named = edge.action._replace(page=page) if edge.action.page is not None else edge.action
+                    steps.append((named, after))
+        for vcpu in range(pairs.vcpus):
+            drained = [pairs.everywhere[EXIT + vcpu][pair] for pair in here]
+            if drained != here and not self._busy(situation, vcpu):
+                steps.append((Action(f"vCPU{vcpu}", "exits"), drained))
+        steps.sort(key=lambda step: ["vCPU", "KVM ", "host"].index(step[0].who[:4]))
+        for user in space.users(situation):
+            steps.append((user.action, self._after_user(user, here)))
+        numbers = (self._put_together([space.place[[pair]] for pair in after]) for _, after in steps)
+        return [(action, int(after[0])) for (action, _), after in zip(steps, numbers, strict=True)]
+
+    def _after_user(self, user: UserSteps, here: list[int]) -> list[int]:
+        becomes = [user.becomes[page % len(user.becomes)][pair] for page, pair in enumerate(here)]
+        control: Control | None = user.spoken if any(speaks for _, speaks in becomes) else user.silent
+        assert control is not None
+        return [self.space.pairs.number[control, page] for page, _ in becomes]
 
 
 def _columns(rows: list[list[int]], fill: int) -> list[np.ndarray]:
     """Lists of different lengths as columns, the short ones filled up."""
-    width = max(map(len, rows), default=0)
-    table = np.full((width, len(rows)), fill)
-    for n, row in enumerate(rows):
-        table[: len(row), n] = row
+    table = np.full((max(map(len, rows), default=0), len(rows)), fill)
+    for number, row in enumerate(rows):
+        table[: len(row), number] = row
     return list(table)

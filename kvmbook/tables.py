@@ -9,6 +9,7 @@ Pairs that agree in the control and in which faults are under way (their *gates*
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from kvmbook.cells import BLANK_VIEW, BLANK_WORD, Cells, Control, Step, View, Wo
 from kvmbook.schedule import Action, Grain
 
 Page = tuple[int, ...]  # the number of a word, then of one view for each vCPU
+Gates = tuple[tuple[str | None, int] | None, ...]  # for each vCPU the gate of its fault on a page, if there is one
 FLUSH, EXIT = 1, 2  # what a step on one page does to all others: nothing (0), a flush, an exit of vCPU v (EXIT + v)
 
 
@@ -54,10 +56,17 @@ class PageSteps:
     def parts(self, page: Page) -> tuple[Word, list[View]]:
         return self.words[page[0]], [self.views[number] for number in page[1:]]
 
-    def gates(self, page: Page) -> tuple[tuple[str | None, int] | None, ...]:
-        """For each vCPU the gate of its fault on this page, or None."""
+    def gates(self, page: Page) -> Gates:
         faults = (self.views[number].fault for number in page[1:])
         return tuple(fault.gate if fault is not None else None for fault in faults)
+
+    def seen_elsewhere(self, gates: Gates) -> int:
+        """What the other pages see of a page with these gates, as `Edge.unless` counts it."""
+        mask = 0
+        for vcpu, gate in enumerate(gates):
+            if gate is not None:
+                mask |= 1 << vcpu | self.locks.get(gate[0] or "", 0)
+        return mask
 
     # ---- what happens on the page -----------------------------------------------------------------------------------
 
@@ -70,7 +79,7 @@ class PageSteps:
         held = self.locks[control.lock] if control.lock is not None else 0
         return [edge for edge in edges if not edge.unless & held] if held else edges
 
-    def _find_edges(self, calm: Control, page: Page):  # type: ignore[no-untyped-def]
+    def _find_edges(self, calm: Control, page: Page) -> Iterator[Edge]:
         word, views = self.parts(page)
         held = {fault.lock: v for v, view in enumerate(views) if (fault := view.fault) is not None and fault.lock}
         for v, view in enumerate(views):
@@ -141,7 +150,6 @@ def _differences(before: Word, after: Word) -> dict[str, int]:
 
 # ---- all pairs -------------------------------------------------------------------------------------------------------
 
-Gates = tuple[tuple[str | None, int] | None, ...]
 Pair = tuple[Control, Page]
 
 
@@ -167,7 +175,9 @@ class Pairs:
     def __init__(self, cells: Cells, vcpus: int) -> None:
         self.cells, self.vcpus = cells, vcpus
         self.steps = PageSteps(cells, vcpus)
-        self.numbers = range(cells.pages) if cells.grain is Grain.STEP else range(1)  # only there a pass tells pages apart
+        self.numbers = (
+            range(cells.pages) if cells.grain is Grain.STEP else range(1)
+        )  # only there a pass tells pages apart
         self.effects = [FLUSH, *(EXIT + v for v in range(vcpus))]
         self.pairs: list[Pair] = []
         self.number: dict[Pair, int] = {}
@@ -181,6 +191,10 @@ class Pairs:
         self.find(cells.start, (0,) * (vcpus + 1))
         for number, (control, page) in enumerate(self.pairs):  # grows while we go
             self._visit(number, control, page)
+        self.members: list[list[int]] = [[] for _ in self.blocks]
+        for number, block in enumerate(self.block):
+            self.members[block].append(number)
+        self._after: dict[tuple[int, int, Control], set[int]] = {}
 
     def find(self, control: Control, page: Page) -> int:
         """The number of a pair, a new one if it was not found before."""
@@ -205,7 +219,8 @@ class Pairs:
             actions = self.cells.user_starts(control)
             silent = [self.cells.user_step(control, action)[0] for action in actions]
             self.users[control] = [
-                UserSteps(action, to, None, [{} for _ in self.numbers]) for action, to in zip(actions, silent, strict=True)
+                UserSteps(action, to, None, [{} for _ in self.numbers])
+                for action, to in zip(actions, silent, strict=True)
             ]
         for user in () if self.holds_up_user[self.block[number]] else self.users[control]:
             for which in self.numbers:
@@ -226,3 +241,16 @@ class Pairs:
             self.find(user.spoken, becomes)
         if not speaks:
             self.find(user.silent, becomes)
+
+    def block_of(self, control: Control, page: Page) -> int:
+        return self.block[self.number[control, page]]
+
+    def blocks_after(self, user: UserSteps, block: int, control: Control) -> set[int]:
+        """The blocks that a page in ``block`` may be in after a step of user space that leads to ``control``."""
+        key = id(user), block, control
+        if key not in self._after:
+            becomes = [user.becomes[which][pair] for which in self.numbers for pair in self.members[block]]
+            self._after[key] = {
+                self.block_of(control, page) for page, says in becomes if not says or control == user.spoken
+            }
+        return self._after[key]

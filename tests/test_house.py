@@ -14,8 +14,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 # From the ground up: a module may import those before it, and nobody else.
 ORDER = [
     "arrays", "spte", "tlb", "hardware", "kernel", "host", "memslots", "page_tables", "machine", "access_tracking",
-    "huge_pages", "wrprot", "faults", "memory_regions", "dirty_log", "vm", "invariants", "explore", "scenes", "exercises",
-    "figures", "panels",
+    "huge_pages", "wrprot", "faults", "memory_regions", "dirty_log", "vm", "invariants", "schedule", "cells", "tables",
+    "explore", "scenes", "exercises", "figures", "panels",
 ]  # fmt: skip
 
 
