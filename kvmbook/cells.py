@@ -17,8 +17,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
-from typing import Any, NamedTuple
+from functools import wraps
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 
@@ -26,12 +26,28 @@ from kvmbook.access_tracking import ClearYoung
 from kvmbook.dirty_log import GetDirtyLog
 from kvmbook.faults import PageFault
 from kvmbook.hardware import Hardware
-from kvmbook.kernel import Kernel
+from kvmbook.kernel import FlushRule, Kernel
 from kvmbook.machine import Operation
 from kvmbook.memslots import KVM_MEM_LOG_DIRTY_PAGES, MemorySlot
 from kvmbook.schedule import BASE_GFN, Action, Grain, act, possible, smallest_vm
+from kvmbook.spte import PG_LEVEL_4K
 from kvmbook.tlb import TlbEntry
 from kvmbook.vm import Vm
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def remembered(method: Method) -> Method:
+    """Run a method of `Cells` once for the same arguments."""
+
+    @wraps(method)
+    def run_once(self: Cells, *args: Any) -> Any:
+        key = method, *args
+        if key not in self._known:
+            self._known[key] = method(self, *args)
+        return self._known[key]
+
+    return cast(Method, run_once)
 
 
 class Word(NamedTuple):
@@ -103,21 +119,19 @@ class Cells:
         self.pages = pages
         self._vm = smallest_vm(hardware, kernel, pages, 1, grain)
         self._vcpu = self._vm.vcpus[0]
-        self._leaf = [self._vm.page_tables.walk(self._vm.l1_root, BASE_GFN + page) for page in range(pages)]
+        tables, root = self._vm.page_tables, self._vm.l1_root
+        self._sptep = [tables.entry_at(root, BASE_GFN + page, PG_LEVEL_4K) for page in range(pages)]
         self._exemplars: dict[Control, tuple[MemorySlot, Operation | None]] = {}
         self.start = self._control()
-        for name in (
-            "vcpu_step",
-            "host_step",
-            "flushed",
-            "exited",
-            "waits",
-            "lost",
-            "user_step",
-            "user_starts",
-            "blocks_user",
-        ):
-            setattr(self, name, cache(getattr(self, name)))
+        self._known: dict[tuple[Any, ...], Any] = {}
+
+    def with_flush(self, rule: FlushRule) -> Cells:
+        """The same under another flush rule. Only steps of user space ask it: all else that is known stays known."""
+        other = copy.copy(self)
+        other._vm = self._vm.copy()
+        other._vcpu, other._vm.kernel = other._vm.vcpus[0], self._vm.kernel.with_(flush=rule)
+        other._known = {key: found for key, found in self._known.items() if key[0].__name__ != "user_step"}
+        return other
 
     # ---- putting parts in, taking parts out -------------------------------------------------------------------------
 
@@ -126,11 +140,9 @@ class Cells:
         vm, operation = self._vm, self._operation()
         slot, said = vm.memslots.slots[0, 0], None
         if operation is not None:
-            words, learned = (
-                getattr(operation, "words", ()),
-                (getattr(operation, "flush", None), getattr(operation, "cursor", None)),
-            )
-            said = (type(operation).__name__, tuple(operation.todo), operation.lock, *learned, tuple(words))
+            learned = [getattr(operation, name, None) for name in ("flush", "cursor")]
+            words = tuple(getattr(operation, "words", ()))
+            said = type(operation).__name__, tuple(operation.todo), operation.lock, *learned, words
         control = Control(said, slot.logs_dirty, bool(vm.watched), vm.nr_memslots_dirty_logging)
         if control not in self._exemplars:
             self._exemplars[control] = slot, _independent(operation)
@@ -158,8 +170,8 @@ class Cells:
             if other is not None and other.dirty_bitmap is not None:
                 other.dirty_bitmap[:] = 0
         gfn = BASE_GFN + page
-        for number, leaf in enumerate(self._leaf):
-            vm.page_tables.write(leaf.sptep, word.spte if number == page else 0)
+        for number, sptep in enumerate(self._sptep):
+            vm.page_tables.write(sptep, word.spte if number == page else 0)
         if slot.dirty_bitmap is not None:
             slot.dirty_bitmap[:, 0] = word.live << page, word.taken << page
         if isinstance(operation, GetDirtyLog) and word.taken:
@@ -180,7 +192,7 @@ class Cells:
         made.generation, made.retries = fault.generation, fault.retries
         made.old_spte, made.new_spte = fault.old_spte, fault.new_spte
         if fault.todo[0] in ("fast_pf_fix_direct_spte", "set_spte"):
-            made.sptep = self._leaf[page].sptep
+            made.sptep = self._sptep[page]
         made.slot = slot if fault.current else _before(slot)
         if fault.todo[0] == "make_spte":
             made.page = vm.host.lookup(slot.hva(gfn))
@@ -189,7 +201,7 @@ class Cells:
     def _word(self, page: int = 0) -> Word:
         vm, gfn = self._vm, BASE_GFN + page
         slot, operation = vm.memslots.slots[0, 0], self._operation()
-        spte = vm.page_tables.read(self._leaf[page].sptep)
+        spte = vm.page_tables.read(self._sptep[page])
         return Word(spte, slot.test_bit(gfn), gfn in getattr(operation, "taken", ()), gfn in vm.written)
 
     def _view(self, page: int = 0) -> View:
@@ -212,6 +224,7 @@ class Cells:
 
     # ---- steps of one vCPU, or of the host, on one page -------------------------------------------------------------
 
+    @remembered
     def vcpu_step(self, calm: Control, word: Word, view: View) -> dict[Action, Step]:
         """All that the vCPU, or KVM on its behalf, could do here if no lock were held elsewhere; without "exits"."""
         moves = [
@@ -219,6 +232,7 @@ class Cells:
         ]
         return {action: self._act(calm, word, view, action) for action in moves if action.page in (None, 0)}
 
+    @remembered
     def host_step(self, calm: Control, word: Word) -> dict[Action, Step]:
         """Both ways of ageing."""
         moves = [a for a in possible(self._load(calm, word), self.grain) if a.who == "host"]
@@ -228,15 +242,18 @@ class Cells:
         vm = self._load(calm, word, view)
         return self._step(word, lambda: act(vm, action, self.grain))
 
+    @remembered
     def flushed(self, calm: Control, word: Word, view: View) -> Step:
         """What kvm_flush_remote_tlbs() makes of a page and a view of it."""
         return self._step(word, self._load(calm, word, view).kvm_flush_remote_tlbs)
 
+    @remembered
     def exited(self, calm: Control, word: Word, view: View) -> Step:
         """What an exit of the vCPU makes of it."""
         vm = self._load(calm, word, view)
         return self._step(word, lambda: vm.vcpu_exit(self._vcpu))
 
+    @remembered
     def waits(self, fault: Fault | None, lock: str) -> bool:
         """Whether the next step of that fault (None: ageing) must wait for somebody who holds mmu_lock like that."""
         vm, holder = self._load(self.start, view=View(fault=fault)), Operation()
@@ -245,17 +262,20 @@ class Cells:
         vm.in_flight = [asks, holder]
         return bool(asks.waits_for(vm, asks.todo[0]))
 
+    @remembered
     def lost(self, control: Control, word: Word, view: View) -> bool:
         """Whether the page was written, and nothing here knows."""
         return bool(self._load(control, word, view).missed_dirty(0).size)
 
     # ---- steps of user space ----------------------------------------------------------------------------------------
 
+    @remembered
     def user_starts(self, control: Control) -> list[Action]:
         """What user space could do next, faults that hold it up aside."""
         vm = self._load(control)
         return [a for a in possible(vm, self.grain) if a.who == "user space"]
 
+    @remembered
     def blocks_user(self, control: Control, fault: Fault) -> bool:
         """Whether user space's next step must wait for that fault."""
         if control.operation is None:
@@ -263,6 +283,7 @@ class Cells:
         vm = self._load(control, view=View(fault=fault))
         return not any(a.who == "user space" for a in possible(vm, self.grain))
 
+    @remembered
     def user_step(
         self, control: Control, action: Action, word: Word = BLANK_WORD, view: View = BLANK_VIEW, page: int = 0
     ) -> tuple[Control, Word, View]:

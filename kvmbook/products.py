@@ -39,7 +39,9 @@ def count_states(space: Space) -> Count:
     """The number of reachable states, and the verdict."""
     boxes = _Boxes(space).search()
     lost = any(sets.lost(control) & page for control, sets, box in boxes.all() for page in box)
-    return Count(sum(_size_of_union(found) for found in boxes.found.values()), not lost, sum(map(len, boxes.found.values())))
+    return Count(
+        sum(_size_of_union(found) for found in boxes.found.values()), not lost, sum(map(len, boxes.found.values()))
+    )
 
 
 def count_any_size(hardware: Hardware, kernel: Kernel, pages: int, vcpus: int = 1) -> Count:
@@ -100,7 +102,8 @@ class PairSets:
                     {
                         self.bit[self.pairs.number[control, edge.page]]
                         for edge in self.pairs.edges[number]
-                        if not edge.unless & elsewhere and (0 if edge.everywhere in self.quiet else edge.everywhere) == what
+                        if not edge.unless & elsewhere
+                        and (0 if edge.everywhere in self.quiet else edge.everywhere) == what
                     }
                 )
                 for number in self.members[control]
@@ -178,7 +181,9 @@ class _Boxes:
         self._add((start,) * self.pages, (self.sets.bit[0],) * self.pages)
         for situation, box in self._todo:  # grows while we go
             if box in self.found[situation]:
-                for after in itertools.chain(self._by_page(situation, box), self._exits(situation, box), self._by_user(situation, box)):
+                for after in itertools.chain(
+                    self._by_page(situation, box), self._exits(situation, box), self._by_user(situation, box)
+                ):
                     self._add(*after)
         return self
 
@@ -214,7 +219,9 @@ class _Boxes:
         for page, these in enumerate(box):
             elsewhere = self.space.elsewhere(situation, page)
             for what in (0, *self.space.pairs.effects):
-                alone = sets.reached(control, elsewhere, these) if not what else sets.loud(control, elsewhere, what, these)
+                alone = (
+                    sets.reached(control, elsewhere, these) if not what else sets.loud(control, elsewhere, what, these)
+                )
                 for block in sets.blocks[control] if alone else ():
                     if (part := alone & sets.within[block]) and (what or block != situation[page]):
                         others = [sets.everywhere(control, what, other) if what else other for other in box]

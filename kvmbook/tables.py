@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kvmbook.cells import BLANK_VIEW, BLANK_WORD, Cells, Control, Step, View, Word
 from kvmbook.schedule import Action, Grain
@@ -129,7 +129,7 @@ class PageSteps:
         alone = [run(control, action, BLANK_WORD, view, number) for view in views]
         spoken = {c for c in (controls, *(c for c, _, _ in alone)) if c != silent}
         assert len(spoken) <= 1, "parts of a page disagree on what user space learns"
-        changed = [after._replace(**_differences(blank, w)) for _, w, _ in alone]
+        changed = [after._replace(**differences(blank, w)) for _, w, _ in alone]
         return spoken.pop() if spoken else silent, self.page(joined(after, changed), [view for _, _, view in alone])
 
     def lost(self, control: Control, page: Page) -> bool:
@@ -140,11 +140,12 @@ class PageSteps:
 
 def joined(word: Word, results: list[Word]) -> Word:
     """What several changes of one word come to together: each field as it was, unless one of them changed it."""
-    changes = [_differences(word, result) for result in results]
+    changes = [differences(word, result) for result in results]
     return word._replace(**{name: new for change in changes for name, new in change.items()})
 
 
-def _differences(before: Word, after: Word) -> dict[str, int]:
+def differences(before: Word, after: Word) -> dict[str, Any]:
+    """The fields of ``after`` that are not as before."""
     return {name: new for name, old, new in zip(Word._fields, before, after, strict=True) if new != old}
 
 
@@ -168,8 +169,9 @@ class UserSteps:
 class Pairs:
     """All pairs of a slot with ``cells.pages`` pages and ``vcpus`` vCPUs, numbered as they are found.
 
-    ``pairs[i]``: control and page; ``edges[i]``: its steps; ``block[i]``: its block; ``blocks``: control and gates of each;
-    ``holds_up_user[b]``: whether user space must wait while a page is in block b; ``users[control]``: its steps; ``everywhere[what][i]``: the pair that a flush or an exit makes of pair i.
+    ``pairs[i]``: control and page; ``edges[i]``: its steps; ``everywhere[what][i]``: the pair that a flush or an exit makes
+    of pair i; ``block[i]``: its block; ``blocks[b]``: control and gates; ``members[b]``: its pairs; ``holds_up_user[b]``:
+    whether user space must wait while a page is there; ``users[control]``: the steps of user space.
     """
 
     def __init__(self, cells: Cells, vcpus: int) -> None:
