@@ -15,7 +15,7 @@ comparing with searches that drive whole VMs.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import wraps
 from typing import Any, NamedTuple, TypeVar, cast
@@ -27,7 +27,7 @@ from kvmbook.dirty_log import GetDirtyLog
 from kvmbook.faults import PageFault
 from kvmbook.hardware import Hardware
 from kvmbook.kernel import FlushRule, Kernel
-from kvmbook.machine import Operation
+from kvmbook.machine import Operation, VcpuState
 from kvmbook.memslots import KVM_MEM_LOG_DIRTY_PAGES, MemorySlot
 from kvmbook.schedule import BASE_GFN, Action, Grain, act, possible, smallest_vm
 from kvmbook.spte import PG_LEVEL_4K
@@ -101,6 +101,36 @@ class Control(NamedTuple):
         return self.operation[2] if self.operation is not None else None
 
 
+def control_of(vm: Vm) -> Control:
+    """The control that a VM is in."""
+    operation, said = _operation_of(vm), None
+    if operation is not None:
+        learned = [getattr(operation, name, None) for name in ("flush", "cursor")]
+        words = tuple(getattr(operation, "words", ()))
+        said = type(operation).__name__, tuple(operation.todo), operation.lock, *learned, words
+    return Control(said, vm.memslots.slots[0, 0].logs_dirty, bool(vm.watched), vm.nr_memslots_dirty_logging)
+
+
+def word_of(vm: Vm, page: int = 0) -> Word:
+    """The word of one of its pages."""
+    gfn, slot = BASE_GFN + page, vm.memslots.slots[0, 0]
+    taken = gfn in getattr(_operation_of(vm), "taken", ())
+    return Word(vm.spte(gfn), slot.test_bit(gfn), taken, gfn in vm.written)
+
+
+def view_of(vm: Vm, vcpu: VcpuState, page: int = 0) -> View:
+    """What one of its vCPUs has of a page."""
+    gfn, fault = BASE_GFN + page, None
+    if isinstance(op := vcpu.fault, PageFault) and op.gfn == gfn:
+        current = op.slot is vm.memslots.slots[0, 0]
+        fault = Fault(op.kind, tuple(op.todo), op.lock, current, op.generation, op.retries, op.old_spte, op.new_spte)
+    return View(vcpu.tlb.entries.get(("L1", gfn, 1)), gfn in vcpu.pml, fault)
+
+
+def _operation_of(vm: Vm) -> Operation | None:
+    return next((op for op in vm.in_flight if op.needs_slots_lock), None)
+
+
 class Step(NamedTuple):
     """What a vCPU's or the host's step made of one word and one view. ``flushed``: all TLBs; ``exited``: this vCPU left
     the guest, which drains its PML buffer."""
@@ -114,8 +144,15 @@ class Step(NamedTuple):
 class Cells:
     """The steps of a VM with ``pages`` pages on this hardware and kernel, each one run when first asked for."""
 
-    def __init__(self, hardware: Hardware, kernel: Kernel, pages: int = 1, grain: Grain = Grain.STEP) -> None:
-        self.grain = grain
+    def __init__(
+        self,
+        hardware: Hardware,
+        kernel: Kernel,
+        pages: int = 1,
+        grain: Grain = Grain.STEP,
+        without: Collection[str] = (),
+    ) -> None:
+        self.grain, self.without = grain, frozenset(without)
         self.pages = pages
         self._vm = smallest_vm(hardware, kernel, pages, 1, grain)
         self._vcpu = self._vm.vcpus[0]
@@ -137,19 +174,10 @@ class Cells:
 
     def _control(self) -> Control:
         """The control of the VM as it is now; remembers how to make it again."""
-        vm, operation = self._vm, self._operation()
-        slot, said = vm.memslots.slots[0, 0], None
-        if operation is not None:
-            learned = [getattr(operation, name, None) for name in ("flush", "cursor")]
-            words = tuple(getattr(operation, "words", ()))
-            said = type(operation).__name__, tuple(operation.todo), operation.lock, *learned, words
-        control = Control(said, slot.logs_dirty, bool(vm.watched), vm.nr_memslots_dirty_logging)
+        control = control_of(self._vm)
         if control not in self._exemplars:
-            self._exemplars[control] = slot, _independent(operation)
+            self._exemplars[control] = self._vm.memslots.slots[0, 0], _independent(_operation_of(self._vm))
         return control
-
-    def _operation(self) -> Operation | None:
-        return next((op for op in self._vm.in_flight if op.needs_slots_lock), None)
 
     def calm(self, control: Control) -> Control:
         """The same without an ioctl under way: all that vCPUs and the host can tell of it, locks aside."""
@@ -198,45 +226,30 @@ class Cells:
             made.page = vm.host.lookup(slot.hva(gfn))
         return made
 
-    def _word(self, page: int = 0) -> Word:
-        vm, gfn = self._vm, BASE_GFN + page
-        slot, operation = vm.memslots.slots[0, 0], self._operation()
-        spte = vm.page_tables.read(self._sptep[page])
-        return Word(spte, slot.test_bit(gfn), gfn in getattr(operation, "taken", ()), gfn in vm.written)
-
-    def _view(self, page: int = 0) -> View:
-        vm, vcpu, gfn = self._vm, self._vcpu, BASE_GFN + page
-        fault = None
-        if isinstance(op := vcpu.fault, PageFault):
-            current = op.slot is vm.memslots.slots[0, 0]
-            fault = Fault(
-                op.kind, tuple(op.todo), op.lock, current, op.generation, op.retries, op.old_spte, op.new_spte
-            )
-        return View(vcpu.tlb.entries.get(("L1", gfn, 1)), gfn in vcpu.pml, fault)
-
     def _step(self, loaded: Word, run: Callable[[], object]) -> Step:
         """What ``run`` makes of the loaded parts. Without the harvest nobody knows what it holds: that stays."""
         counters = self._vm.counters
         flushes, exits = counters.flushes, counters.exits
         run()
-        word = self._word()._replace(taken=loaded.taken)
-        return Step(word, self._view(), counters.flushes > flushes, counters.exits > exits)
+        word = word_of(self._vm)._replace(taken=loaded.taken)
+        return Step(word, view_of(self._vm, self._vcpu), counters.flushes > flushes, counters.exits > exits)
 
     # ---- steps of one vCPU, or of the host, on one page -------------------------------------------------------------
 
     @remembered
     def vcpu_step(self, calm: Control, word: Word, view: View) -> dict[Action, Step]:
         """All that the vCPU, or KVM on its behalf, could do here if no lock were held elsewhere; without "exits"."""
-        moves = [
-            a for a in possible(self._load(calm, word, view), self.grain) if "vCPU0" in a.who and a.what != "exits"
-        ]
+        moves = [a for a in self._possible(self._load(calm, word, view)) if "vCPU0" in a.who and a.what != "exits"]
         return {action: self._act(calm, word, view, action) for action in moves if action.page in (None, 0)}
 
     @remembered
     def host_step(self, calm: Control, word: Word) -> dict[Action, Step]:
         """Both ways of ageing."""
-        moves = [a for a in possible(self._load(calm, word), self.grain) if a.who == "host"]
+        moves = [a for a in self._possible(self._load(calm, word)) if a.who == "host"]
         return {action: self._act(calm, word, BLANK_VIEW, action) for action in moves if action.page == 0}
+
+    def _possible(self, vm: Vm) -> list[Action]:
+        return possible(vm, self.grain, self.without)
 
     def _act(self, calm: Control, word: Word, view: View, action: Action) -> Step:
         vm = self._load(calm, word, view)
@@ -273,7 +286,7 @@ class Cells:
     def user_starts(self, control: Control) -> list[Action]:
         """What user space could do next, faults that hold it up aside."""
         vm = self._load(control)
-        return [a for a in possible(vm, self.grain) if a.who == "user space"]
+        return [a for a in self._possible(vm) if a.who == "user space"]
 
     @remembered
     def blocks_user(self, control: Control, fault: Fault) -> bool:
@@ -281,7 +294,7 @@ class Cells:
         if control.operation is None:
             return False
         vm = self._load(control, view=View(fault=fault))
-        return not any(a.who == "user space" for a in possible(vm, self.grain))
+        return not any(a.who == "user space" for a in self._possible(vm))
 
     @remembered
     def user_step(
@@ -289,7 +302,7 @@ class Cells:
     ) -> tuple[Control, Word, View]:
         """What ``action`` of user space makes of the control, and of ``page`` if all others are blank."""
         act(self._load(control, word, view, page), action, self.grain)
-        return self._control(), self._word(page), self._view(page)
+        return self._control(), word_of(self._vm, page), view_of(self._vm, self._vcpu, page)
 
 
 def _independent(operation: Operation | None) -> Operation | None:

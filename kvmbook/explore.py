@@ -9,7 +9,7 @@ met. That makes a breadth-first search without a hash table, whose every level i
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +39,7 @@ class Result:
     pages: int
     vcpus: int
     grain: Grain
+    without: frozenset[str]
     states: int
     transitions: int
     depth: int
@@ -60,7 +61,9 @@ class Result:
         if self.trace is not None:
             steps = (f"{number:3}  {action}" for number, action in enumerate(self.trace, 1))
             found = "\n".join([f"a shortest run that loses a write, {len(self.trace)} steps:", *steps])
-        return f"{self.pages} page(s), {self.vcpus} vCPU(s), cut by {self.grain.value}: {size}\n{found}"
+        bounds = f"{self.pages} page(s), {self.vcpus} vCPU(s), cut by {self.grain.value}"
+        bounds += f", without {', '.join(sorted(self.without))}" if self.without else ""
+        return f"{bounds}: {size}\n{found}"
 
 
 def explore(
@@ -69,18 +72,22 @@ def explore(
     pages: int = 1,
     vcpus: int = 1,
     grain: Grain = Grain.STEP,
+    without: Collection[str] = (),
     progress: Progress | None = None,
 ) -> Result:
     """Search all runs of ``vcpus`` vCPUs on one slot of ``pages`` 4K pages.
 
     Bounds: accesses are reads and writes; the host only ages; harvests are KVM_GET_DIRTY_LOG; PML buffers do not fill; the
-    fast path tries twice. ``progress`` is called now and then with the level and the number of states met so far.
+    fast path tries twice; steps that ``without`` names (`Action.what`, say "ages") are not done. ``progress`` is called now
+    and then with the level and the number of states met so far.
     Raises ValueError for sizes below 1, and, before it searches, for sizes that would need more than 4 GiB.
     """
-    space = space_of(hardware, kernel, pages, vcpus, grain)
+    space = space_of(hardware, kernel, pages, vcpus, grain, without)
     if len(space) > MOST_STATES:
         fits = next(
-            p for p in range(pages - 1, 0, -1) if len(space_of(hardware, kernel, p, vcpus, grain)) <= MOST_STATES
+            p
+            for p in range(pages - 1, 0, -1)
+            if len(space_of(hardware, kernel, p, vcpus, grain, without)) <= MOST_STATES
         )
         raise ValueError(
             f"{pages} pages and {vcpus} vCPUs make up to {len(space):,} states, {len(space) / 2**30:,.1f} GiB at one byte "
@@ -88,14 +95,15 @@ def explore(
         )
     search = Search(space)
     search.run(progress)
-    return Result(
-        hardware, kernel, pages, vcpus, grain, search.states, search.transitions, search.depth, search.shortest_loss()
-    )
+    bounds = hardware, kernel, pages, vcpus, grain, frozenset(without)
+    return Result(*bounds, search.states, search.transitions, search.depth, search.shortest_loss())
 
 
-def space_of(hardware: Hardware, kernel: Kernel, pages: int, vcpus: int, grain: Grain) -> Space:
+def space_of(
+    hardware: Hardware, kernel: Kernel, pages: int, vcpus: int, grain: Grain, without: Collection[str] = ()
+) -> Space:
     """The states of that VM, numbered, none of them visited yet."""
-    return Space(Pairs(Cells(hardware, kernel, pages, grain), vcpus))
+    return Space(Pairs(Cells(hardware, kernel, pages, grain, without), vcpus))
 
 
 class Space:
@@ -306,7 +314,7 @@ class Search:
         """A vCPU in the guest whose PML buffer holds some page leaves it."""
         for vcpu in range(self.space.pairs.vcpus):
             drained = self.everywhere[EXIT + vcpu]
-            if EXIT + vcpu not in self.quiet:
+            if EXIT + vcpu not in self.quiet and "exits" not in self.space.pairs.cells.without:
                 changes = np.any([drained.take(pair) != pair for pair in pairs], axis=0)
                 which = np.flatnonzero(changes & self.idle[:, vcpu].take(situation))
                 self.transitions += which.size
@@ -405,7 +413,7 @@ class Search:
                     steps.append((named, after))
         for vcpu in range(pairs.vcpus):
             drained = [pairs.everywhere[EXIT + vcpu][pair] for pair in here]
-            if drained != here and not self._busy(situation, vcpu):
+            if drained != here and "exits" not in pairs.cells.without and not self._busy(situation, vcpu):
                 steps.append((Action(f"vCPU{vcpu}", "exits"), drained))
         steps.sort(key=lambda step: ["vCPU", "KVM ", "host"].index(step[0].who[:4]))
         for user in space.users(situation):

@@ -231,7 +231,7 @@ class _Boxes:
         control = self._control(situation)
         for vcpu in range(self.space.pairs.vcpus):
             busy = any(self.space.busy[block] >> vcpu & 1 for block in situation)
-            if EXIT + vcpu not in self.sets.quiet and not busy:
+            if EXIT + vcpu not in self.sets.quiet and not busy and "exits" not in self.space.pairs.cells.without:
                 yield situation, tuple(self.sets.everywhere(control, EXIT + vcpu, these) for these in box)
 
     def _by_user(self, situation: Situation, box: Box) -> Iterator[tuple[Situation, Box]]:
@@ -327,7 +327,7 @@ class _Crowds:
             self._todo.append((control, crowd))
 
     def _by_flush(self, control: Control, crowd: Crowd) -> None:
-        """A flush takes no page out of its set, since a vCPU may forget at any time: only that is assumed here, and checked."""
+        """A flush takes no page out of its set, since a vCPU may forget at any time: only that is assumed, and checked."""
         for what in self.pairs.effects:
             for these in (crowd[0], *crowd[1]):
                 after = self.sets.everywhere(control, what, these) | self.sets.loud(control, 0, what, these)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Hashable, Iterable
+from collections.abc import Collection, Hashable, Iterable
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
@@ -65,8 +65,8 @@ def smallest_vm(hardware: Hardware, kernel: Kernel, pages: int = 1, vcpus: int =
     return vm
 
 
-def possible(vm: Vm, grain: Grain = Grain.STEP) -> list[Action]:
-    """Every step that some actor could do now."""
+def possible(vm: Vm, grain: Grain = Grain.STEP, without: Collection[str] = ()) -> list[Action]:
+    """Every step that some actor could do now, but for those that ``without`` names (`Action.what`)."""
     actions = []
     slot = vm.memslots.slots[0, 0]
     for vcpu in vm.vcpu:
@@ -86,7 +86,7 @@ def possible(vm: Vm, grain: Grain = Grain.STEP) -> list[Action]:
             actions.append(Action(operation.who, "handles the fault" if whole else operation.todo[0]))
     if not any(op.needs_slots_lock for op in vm.in_flight):
         actions += [Action("user space", what) for what in (("gets", "disables") if slot.logs_dirty else ("enables",))]
-    return actions
+    return [action for action in actions if action.what not in without]
 
 
 def act(vm: Vm, action: Action, grain: Grain = Grain.STEP) -> None:
@@ -191,7 +191,7 @@ class Reach:
     trace: tuple[Action, ...] | None
 
 
-def plain_search(vm: Vm, grain: Grain = Grain.STEP, max_states: int = 200_000) -> Reach:
+def plain_search(vm: Vm, grain: Grain = Grain.STEP, without: Collection[str] = (), max_states: int = 200_000) -> Reach:
     """Visit all runs from ``vm`` breadth first, some 3,000 transitions a second: the reference for every faster engine.
     It knows no rules, it only asks the model. Raises MemoryError beyond ``max_states`` states."""
     came_from: dict[Hashable, tuple[Hashable, Action] | None] = {vm.state(): None}
@@ -199,7 +199,7 @@ def plain_search(vm: Vm, grain: Grain = Grain.STEP, max_states: int = 200_000) -
     loss: Hashable = None
     while queue:
         vm, here, depth = queue.popleft()
-        for action in possible(vm, grain):
+        for action in possible(vm, grain, without):
             after = vm.copy()
             act(after, action, grain)
             key = after.state()

@@ -124,8 +124,8 @@ class PageSteps:
         """The control and the page after a step of user space; the page is the ``number``-th of the slot."""
         word, views = self.parts(page)
         run = self.cells.user_step
-        silent, blank, _ = run(control, action, page=number)
-        controls, after, _ = run(control, action, word, page=number)
+        silent, blank, _ = run(control, action, BLANK_WORD, BLANK_VIEW, number)
+        controls, after, _ = run(control, action, word, BLANK_VIEW, number)
         alone = [run(control, action, BLANK_WORD, view, number) for view in views]
         spoken = {c for c in (controls, *(c for c, _, _ in alone)) if c != silent}
         assert len(spoken) <= 1, "parts of a page disagree on what user space learns"
