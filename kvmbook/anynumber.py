@@ -6,8 +6,8 @@ no difference, and there is always another vCPU that has none.
 
 Why "safe" holds for every number: each step of a VM of any size is a step here. It touches one view, whose kind stays, if
 another vCPU has the like, or goes; or it touches all views alike; and what it does to this page depends on nothing else.
-Why it is no exaggeration: the tests find the same pages, word by word and kind by kind, in VMs of 1 to 4 vCPUs and pages;
-and each verdict "loses" comes with a run.
+So what is never met here is never met there. The other way round: every verdict "loses" comes with a run of two vCPUs, and
+cut by access, without PML, the pages of VMs with two or more vCPUs and pages are exactly those found here (tests).
 
 All sets of kinds that may be there together with one word are kept as one int: bit k stands for the set whose members are
 the set bits of k. So one step is done for all these sets at once, by shifts.

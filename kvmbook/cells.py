@@ -30,7 +30,7 @@ from kvmbook.kernel import FlushRule, Kernel
 from kvmbook.machine import Operation, VcpuState
 from kvmbook.memslots import KVM_MEM_LOG_DIRTY_PAGES, MemorySlot
 from kvmbook.schedule import BASE_GFN, Action, Grain, act, possible, smallest_vm
-from kvmbook.spte import PG_LEVEL_4K
+from kvmbook.spte import PAGE_SHIFT, PG_LEVEL_4K
 from kvmbook.tlb import TlbEntry
 from kvmbook.vm import Vm
 
@@ -115,7 +115,7 @@ def word_of(vm: Vm, page: int = 0) -> Word:
     """The word of one of its pages."""
     gfn, slot = BASE_GFN + page, vm.memslots.slots[0, 0]
     taken = gfn in getattr(_operation_of(vm), "taken", ())
-    return Word(vm.spte(gfn), slot.test_bit(gfn), taken, gfn in vm.written)
+    return Word(_moved(vm.spte(gfn), -page), slot.test_bit(gfn), taken, gfn in vm.written)
 
 
 def view_of(vm: Vm, vcpu: VcpuState, page: int = 0) -> View:
@@ -123,8 +123,15 @@ def view_of(vm: Vm, vcpu: VcpuState, page: int = 0) -> View:
     gfn, fault = BASE_GFN + page, None
     if isinstance(op := vcpu.fault, PageFault) and op.gfn == gfn:
         current = op.slot is vm.memslots.slots[0, 0]
-        fault = Fault(op.kind, tuple(op.todo), op.lock, current, op.generation, op.retries, op.old_spte, op.new_spte)
-    return View(vcpu.tlb.entries.get(("L1", gfn, 1)), gfn in vcpu.pml, fault)
+        sptes = _moved(op.old_spte, -page), _moved(op.new_spte, -page)
+        fault = Fault(op.kind, tuple(op.todo), op.lock, current, op.generation, op.retries, *sptes)
+    entry = vcpu.tlb.entries.get(("L1", gfn, 1))
+    return View(entry and entry._replace(pfn=entry.pfn - page), gfn in vcpu.pml, fault)
+
+
+def _moved(spte: int, pages: int) -> int:
+    """The SPTE of a page so many pages further on, whose frame is as many frames further on: all pages count as page 0."""
+    return spte and spte + (pages << PAGE_SHIFT)
 
 
 def _operation_of(vm: Vm) -> Operation | None:
@@ -199,14 +206,14 @@ class Cells:
                 other.dirty_bitmap[:] = 0
         gfn = BASE_GFN + page
         for number, sptep in enumerate(self._sptep):
-            vm.page_tables.write(sptep, word.spte if number == page else 0)
+            vm.page_tables.write(sptep, _moved(word.spte, page) if number == page else 0)
         if slot.dirty_bitmap is not None:
             slot.dirty_bitmap[:, 0] = word.live << page, word.taken << page
         if isinstance(operation, GetDirtyLog) and word.taken:
             operation.taken = [gfn]
             operation.word_gfns = [gfn] if operation.todo[0] == "rearm" else []
         vm.written = {gfn} if word.written else set()
-        vcpu.tlb.entries = {} if view.tlb is None else {("L1", gfn, 1): view.tlb}
+        vcpu.tlb.entries = {} if view.tlb is None else {("L1", gfn, 1): view.tlb._replace(pfn=view.tlb.pfn + page)}
         vcpu.pml = [gfn] if view.pml else []
         vcpu.fault = None if view.fault is None else self._make_fault(view.fault, slot, page)
         if vcpu.fault is not None:
@@ -218,7 +225,7 @@ class Cells:
         made = PageFault(0, fault.kind, gfn, vm.l1_root, False)
         made.todo, made.lock, made.started = list(fault.todo), fault.lock, True
         made.generation, made.retries = fault.generation, fault.retries
-        made.old_spte, made.new_spte = fault.old_spte, fault.new_spte
+        made.old_spte, made.new_spte = _moved(fault.old_spte, page), _moved(fault.new_spte, page)
         if fault.todo[0] in ("fast_pf_fix_direct_spte", "set_spte"):
             made.sptep = self._sptep[page]
         made.slot = slot if fault.current else _before(slot)

@@ -18,7 +18,7 @@ from kvmbook.cells import Cells, Control
 from kvmbook.hardware import Hardware
 from kvmbook.kernel import Kernel
 from kvmbook.schedule import Action, Grain, replay, smallest_vm
-from kvmbook.tables import EXIT, Pairs, UserSteps
+from kvmbook.tables import EXIT, PageSteps, Pairs, UserSteps
 from kvmbook.vm import Vm
 
 UNSEEN = 255
@@ -103,7 +103,7 @@ def space_of(
     hardware: Hardware, kernel: Kernel, pages: int, vcpus: int, grain: Grain, without: Collection[str] = ()
 ) -> Space:
     """The states of that VM, numbered, none of them visited yet."""
-    return Space(Pairs(Cells(hardware, kernel, pages, grain, without), vcpus))
+    return Space(Pairs(PageSteps(Cells(hardware, kernel, pages, grain, without), vcpus)))
 
 
 class Space:
@@ -206,7 +206,8 @@ class Search:
     def _rows_of_edges(self) -> None:
         """One row for each pair and for what may go on elsewhere, with the steps that are possible then: those that stay in
         the block as differences, the others as (everywhere, pair)."""
-        space, members = self.space, np.split(self.space.order, self.space.first[1:])
+        space = self.space
+        edges = self._edges()
         rows: dict[tuple[int, int], int] = {}
         near: list[list[int]] = []
         far: list[list[tuple[int, int]]] = []
@@ -216,14 +217,12 @@ class Search:
             for page, block in enumerate(situation):
                 elsewhere = space.elsewhere(situation, page)
                 if rows.setdefault((block, elsewhere), len(degree)) == len(degree):
-                    for pair in members[block]:
-                        steps = self._edges(int(pair), elsewhere)
-                        stays = [not what and space.block[to] == block for what, to in steps]
-                        here = int(space.place[pair])
-                        near.append(
-                            sorted({to - here for (_, to), stay in zip(steps, stays, strict=True) if stay} - {0})
-                        )
-                        far.append(sorted({step for step, stay in zip(steps, stays, strict=True) if not stay}))
+                    low, high = int(space.first[block]), int(space.first[block] + space.size[block])
+                    for here in range(low, high):
+                        steps = [(what, to) for what, to, unless in edges[here] if not unless & elsewhere]
+                        away = {step for step in steps if step[0] or not low <= step[1] < high}
+                        near.append(sorted({to - here for step in steps if step not in away for to in step[1:]} - {0}))
+                        far.append(sorted(away))
                         degree.append(len(steps))
                 self.row[s, page] = rows[block, elsewhere]
         self.degree = np.array(degree)
@@ -232,22 +231,21 @@ class Search:
             what: _columns([[to for w, to in row if w == what] for row in far], -1) for what in (0, *self.everywhere)
         }
 
-    def _edges(self, pair: int, elsewhere: int) -> list[tuple[int, int]]:
-        """The steps of one pair: what they do everywhere, if that is anything, and the pair that they lead to."""
-        pairs, control = self.space.pairs, self.space.pairs.pairs[pair][0]
-        return [
-            (
-                0 if edge.everywhere in self.quiet else edge.everywhere,
-                int(self.space.place[pairs.number[control, edge.page]]),
-            )
-            for edge in pairs.edges[pair]
-            if not edge.unless & elsewhere
-        ]
+    def _edges(self) -> list[list[tuple[int, int, int]]]:
+        """The steps of each pair: what they do everywhere, if that is anything; the pair that they lead to; `Edge.unless`."""
+        pairs, place = self.space.pairs, self.space.place.tolist()
+        edges: list[list[tuple[int, int, int]]] = [[]] * len(place)
+        for number, (control, _) in enumerate(pairs.pairs):
+            edges[place[number]] = [
+                (0 if e.everywhere in self.quiet else e.everywhere, place[pairs.number[control, e.page]], e.unless)
+                for e in pairs.edges[number]
+            ]
+        return edges
 
     def _columns_of_user_steps(self) -> None:
         """For the first, second, ... step of user space: what each pair becomes, in the silent and the spoken control, and
         whether it speaks; by page, if that makes a difference."""
-        space, pairs = self.space, self.space.pairs
+        space, pairs, place = self.space, self.space.pairs, self.space.place.tolist()
         self.user: list[tuple[np.ndarray, np.ndarray]] = []
         for nth in range(max(map(len, pairs.users.values()))):
             to = np.full((2, len(pairs.numbers), len(space.place)), -1)
@@ -255,11 +253,11 @@ class Search:
             for steps in pairs.users.values():
                 for which, becomes in enumerate(steps[nth].becomes if nth < len(steps) else ()):
                     for pair, (page, says) in becomes.items():
-                        here = space.place[pair]
+                        here = place[pair]
                         speaks[which, here] = says
                         for column, control in enumerate((steps[nth].silent, steps[nth].spoken)):
                             if control is not None and not (says and column == 0):
-                                to[column, which, here] = space.place[pairs.number[control, page]]
+                                to[column, which, here] = place[pairs.number[control, page]]
             self.user.append((to, speaks))
         self.user_steps = np.array([len(space.users(situation)) for situation in space.situations])
 

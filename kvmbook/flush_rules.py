@@ -156,13 +156,10 @@ def cost(hardware: Hardware, rule: FlushRule, seed: int = 1, migrations: int = 6
     for _ in range(migrations):
         vm = Vm(hardware, Kernel.v5_19.with_(flush=rule), vcpus=2)
         vm.set_user_memory_region(slot=0, base_gfn=base, npages=npages)
-        ages = rng.random() < 0.5
-        for share in (rng.random(), rng.random() / 4 if ages else 0):
-            for gfn in base + np.flatnonzero(rng.random(npages) < share):
-                _touch(vm, int(gfn), str(rng.choice(["read", "write", "race"])))
-            if ages and share:
-                vm.clear_young(base, base + npages)
-                ages = False
+        _touch(vm, rng, rng.random())
+        if rng.random() < 0.5:
+            vm.clear_young(base, base + npages)
+            _touch(vm, rng, rng.random() / 4)
         before = vm.counters.flushes
         vm.set_user_memory_region(slot=0, base_gfn=base, npages=npages, log_dirty_pages=True)
         flushes += vm.counters.flushes - before
@@ -173,15 +170,17 @@ def cost(hardware: Hardware, rule: FlushRule, seed: int = 1, migrations: int = 6
     return Cost(flushes, missed)
 
 
-def _touch(vm: Vm, gfn: int, how: str) -> None:
-    """Read, write, or have both vCPUs fault at once and be handled one after the other."""
-    one, other = vm.vcpu
-    if how != "race":
-        one.complete(how, gfn)
-        return
-    one.attempt("read", gfn)
-    other.attempt("read", gfn)
-    for vcpu in (one, other):
-        if vcpu.fault is not None:
-            vm.run(vcpu.fault)
-        vcpu.read(gfn)
+def _touch(vm: Vm, rng: np.random.Generator, share: float) -> None:
+    """Let about that share of the pages be read, written, or read by both vCPUs at once, whose faults then race."""
+    slot, (one, other) = vm.memslots.slots[0, 0], vm.vcpu
+    for gfn in slot.base_gfn + np.flatnonzero(rng.random(slot.npages) < share):
+        how = str(rng.choice(["read", "write", "race"]))
+        if how != "race":
+            one.complete(how, int(gfn))
+            continue
+        one.attempt("read", int(gfn))
+        other.attempt("read", int(gfn))
+        for vcpu in (one, other):
+            if vcpu.fault is not None:
+                vm.run(vcpu.fault)
+            vcpu.read(int(gfn))

@@ -21,12 +21,12 @@ from kvmbook.explore import Situation, Space
 from kvmbook.hardware import Hardware
 from kvmbook.kernel import Kernel
 from kvmbook.schedule import Grain
-from kvmbook.tables import EXIT, Pairs, UserSteps
+from kvmbook.tables import EXIT, PageSteps, Pair, Pairs, UserSteps
 
 Box = tuple[int, ...]  # for each page a set of pairs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Count:
     """``states``: their exact number; ``safe``: no write is lost in any; ``boxes``: of how many boxes they are made."""
 
@@ -34,14 +34,28 @@ class Count:
     safe: bool
     boxes: int
 
+    def __repr__(self) -> str:
+        size = f"{self.states:,}" if self.states < 10**30 else f"more than 2^{self.states.bit_length() - 1}"
+        return f"{size} states in {self.boxes} boxes, " + ("no write is lost" if self.safe else "a write is lost")
+
 
 def count_states(space: Space) -> Count:
     """The number of reachable states, and the verdict."""
     boxes = _Boxes(space).search()
-    lost = any(sets.lost(control) & page for control, sets, box in boxes.all() for page in box)
-    return Count(
-        sum(_size_of_union(found) for found in boxes.found.values()), not lost, sum(map(len, boxes.found.values()))
-    )
+    lost = any(boxes.sets.lost(control) & page for control, box in boxes.all() for page in box)
+    found = list(boxes.found.values())
+    return Count(sum(map(_size_of_union, found)), not lost, sum(map(len, found)))
+
+
+def pages_seen(space: Space) -> set[Pair]:
+    """The pairs that some page can be in: what remains of all reachable states if one looks at one page at a time."""
+    boxes = _Boxes(space).search()
+    return {
+        space.pairs.pairs[boxes.sets.members[control][member]]
+        for control, box in boxes.all()
+        for page in box
+        for member in bits(page)
+    }
 
 
 def count_any_size(hardware: Hardware, kernel: Kernel, pages: int, vcpus: int = 1) -> Count:
@@ -49,7 +63,7 @@ def count_any_size(hardware: Hardware, kernel: Kernel, pages: int, vcpus: int = 
     ValueError with PML, where the buffer of a vCPU ties pages together in more ways than this form can say."""
     if pages < 1:
         raise ValueError(f"a slot has at least one page; got {pages}")
-    crowds = _Crowds(Pairs(Cells(hardware, kernel, min(pages, 2), Grain.ACCESS), vcpus), pages)
+    crowds = _Crowds(Pairs(PageSteps(Cells(hardware, kernel, min(pages, 2), Grain.ACCESS), vcpus)), pages)
     return crowds.search().count()
 
 
@@ -187,10 +201,10 @@ class _Boxes:
                     self._add(*after)
         return self
 
-    def all(self) -> Iterator[tuple[Control, PairSets, Box]]:
+    def all(self) -> Iterator[tuple[Control, Box]]:
         for situation, boxes in self.found.items():
             for box in boxes:
-                yield self._control(situation), self.sets, box
+                yield self._control(situation), box
 
     def _control(self, situation: Situation) -> Control:
         return self.space.pairs.blocks[situation[0]][0]

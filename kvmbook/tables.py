@@ -9,11 +9,13 @@ Pairs that agree in the control and in which faults are under way (their *gates*
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from kvmbook.cells import BLANK_VIEW, BLANK_WORD, Cells, Control, Step, View, Word
+from kvmbook.kernel import FlushRule
 from kvmbook.schedule import Action, Grain
 
 Page = tuple[int, ...]  # the number of a word, then of one view for each vCPU
@@ -42,6 +44,12 @@ class PageSteps:
         self._edges: dict[tuple[Control, Page], list[Edge]] = {}
         self._everywhere: dict[tuple[Control, Page, int], Page] = {}
         self.locks = {"read": 1 << vcpus, "write": 2 << vcpus}
+
+    def with_flush(self, rule: FlushRule) -> PageSteps:
+        """The same under another flush rule: what vCPUs and the host do is already known."""
+        other = copy.copy(self)
+        other.cells = self.cells.with_flush(rule)
+        return other
 
     def page(self, word: Word, views: list[View]) -> Page:
         if word not in self._word_number:
@@ -167,16 +175,16 @@ class UserSteps:
 
 
 class Pairs:
-    """All pairs of a slot with ``cells.pages`` pages and ``vcpus`` vCPUs, numbered as they are found.
+    """All pairs of a slot with ``steps.cells.pages`` pages and ``steps.vcpus`` vCPUs, numbered as they are found.
 
     ``pairs[i]``: control and page; ``edges[i]``: its steps; ``everywhere[what][i]``: the pair that a flush or an exit makes
     of pair i; ``block[i]``: its block; ``blocks[b]``: control and gates; ``members[b]``: its pairs; ``holds_up_user[b]``:
     whether user space must wait while a page is there; ``users[control]``: the steps of user space.
     """
 
-    def __init__(self, cells: Cells, vcpus: int) -> None:
-        self.cells, self.vcpus = cells, vcpus
-        self.steps = PageSteps(cells, vcpus)
+    def __init__(self, steps: PageSteps) -> None:
+        self.steps, self.cells, self.vcpus = steps, steps.cells, steps.vcpus
+        cells, vcpus = self.cells, self.vcpus
         self.numbers = (
             range(cells.pages) if cells.grain is Grain.STEP else range(1)
         )  # only there a pass tells pages apart
