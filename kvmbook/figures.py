@@ -31,6 +31,9 @@ LOOK = {
 }
 INK = "#1a1a1a"  # on coloured cells
 LOST = "#d55e00"
+DARK = (
+    "<style>@media (prefers-color-scheme: dark) { svg:root { color: #ddd } }</style>"  # shown as a document of its own
+)
 FONT = 'font-family="system-ui, sans-serif" font-size="14" text-anchor="middle" fill="currentColor"'
 
 
@@ -52,7 +55,7 @@ def svg(width: float, height: float, alt: str, parts: Sequence[str]) -> str:
     """A whole picture with its text alternative."""
     size = f'viewBox="0 0 {width:g} {height:g}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" {FONT}>'
-    return "\n".join([head, f"<title>{escape(alt)}</title>", *parts, "</svg>"])
+    return "\n".join([head, f"<title>{escape(alt)}</title>", DARK, *parts, "</svg>"])
 
 
 class Picture:

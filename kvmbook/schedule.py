@@ -18,7 +18,7 @@ from kvmbook.dirty_log import GetDirtyLog
 from kvmbook.faults import PageFault
 from kvmbook.hardware import Hardware
 from kvmbook.kernel import Kernel
-from kvmbook.machine import Operation
+from kvmbook.machine import Event, Operation
 from kvmbook.memslots import MemorySlot
 from kvmbook.spte import PG_LEVEL_4K
 from kvmbook.vm import Vm
@@ -89,8 +89,8 @@ def possible(vm: Vm, grain: Grain = Grain.STEP, without: Collection[str] = ()) -
     return [action for action in actions if action.what not in without]
 
 
-def act(vm: Vm, action: Action, grain: Grain = Grain.STEP) -> None:
-    """Do one action that `possible` has named, and forget what no later step can tell."""
+def act(vm: Vm, action: Action, grain: Grain = Grain.STEP) -> list[Event]:
+    """Do one action that `possible` has named, forget what no later step can tell, and return what the log says of it."""
     slot = vm.memslots.slots[0, 0]
     gfn = slot.base_gfn + (action.page or 0)
     if action.who.startswith("vCPU"):
@@ -114,7 +114,9 @@ def act(vm: Vm, action: Action, grain: Grain = Grain.STEP) -> None:
         vm.step(operation)
         while operation.todo and grain is not Grain.STEP and (operation.lock or isinstance(operation, PageFault)):
             vm.step(operation)
+    events = list(vm.log)
     forget_history(vm)
+    return events
 
 
 def replay(vm: Vm, trace: Iterable[Action], grain: Grain = Grain.STEP) -> Vm:

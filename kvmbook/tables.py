@@ -37,6 +37,8 @@ class PageSteps:
     """The steps of one page with ``vcpus`` views, put together from cells."""
 
     def __init__(self, cells: Cells, vcpus: int) -> None:
+        if vcpus < 1:
+            raise ValueError(f"a VM needs at least one vCPU; got {vcpus}")
         self.cells = cells
         self.vcpus = vcpus
         self.words, self.views = [BLANK_WORD], [BLANK_VIEW]

@@ -15,7 +15,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 ORDER = [
     "arrays", "spte", "tlb", "hardware", "kernel", "host", "memslots", "page_tables", "machine", "access_tracking",
     "huge_pages", "wrprot", "faults", "memory_regions", "dirty_log", "vm", "invariants", "schedule", "cells", "tables",
-    "explore", "products", "anynumber", "flush_rules", "scenes", "exercises", "figures", "panels",
+    "explore", "products", "anynumber", "flush_rules", "scenes", "exercises", "runs", "figures",
+    "run_figures", "panels", "scheduler",
 ]  # fmt: skip
 
 

@@ -1,0 +1,297 @@
+"""Pictures of runs: one run as a sequence diagram, and all runs of one page as a graph on which one run is lit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import hypot
+
+from kvmbook.explore import Result
+from kvmbook.figures import INK, LOOK, LOST, Picture, box, svg, text
+from kvmbook.hardware import Hardware
+from kvmbook.kernel import Kernel
+from kvmbook.runs import Graph, Now, Run, RunMoment, graph_of, label, run_of, what_of
+from kvmbook.schedule import Action, Grain
+
+LOSS = "✕ lost: nobody will know"
+LINE = 'stroke="currentColor" fill="none"'
+LIT = f'stroke="{LOST}" stroke-width="4" fill="none"'
+DASHED, PALE = ' stroke-width="3" stroke-dasharray="6 3"', ' stroke-opacity="0.5"'
+
+# ---- a run as a sequence diagram -------------------------------------------------------------------------------------
+
+ROW, TOP, SAID, LANE, ROOM = 30, 46, 284, 53, 34
+PASSES, STALE = ("clear_dirty", "write_protect"), "stale: "
+
+
+@dataclass(frozen=True)
+class Column:
+    """How one thing changes: its state in words at the start and after each step. ``tlb``: whose TLB, and which page."""
+
+    title: tuple[str, str]
+    x: float
+    width: float
+    states: tuple[str, ...]
+    tlb: tuple[str, int] | None = None
+
+    def stretches(self) -> Iterator[tuple[int, int, str]]:
+        """(first row, row after the last, state) for each stretch without a change; the start is row 0."""
+        first = 0
+        for row in range(1, len(self.states) + 1):
+            if row == len(self.states) or self.states[row] != self.states[first]:
+                yield first, row, self.states[first]
+                first = row
+
+    def changes(self, row: int) -> bool:
+        """Whether that row's step writes here; becoming stale is not a change."""
+        return self.states[row].removeprefix(STALE) != self.states[row - 1].removeprefix(STALE)
+
+
+def _columns(run: Run, left: float) -> list[Column]:
+    """SPTE, then the TLB of each vCPU, then the log, page by page."""
+    nows = [run.start, *(moment.now for moment in run.moments)]
+    columns: list[Column] = []
+
+    def add(title: str, under: str, width: float, states: Iterable[str], tlb: tuple[str, int] | None = None) -> None:
+        x = columns[-1].x + columns[-1].width + 5 if columns else left
+        columns.append(Column((title, under), x, width, tuple(states), tlb))
+
+    pages, vcpus = len(run.start.pages), len(run.start.faults)
+    for page in range(pages):
+        views = [now.pages[page] for now in nows]
+        add("SPTE", f"page {page}", 112, (view.spte for view in views))
+        for v in range(vcpus):
+            seen = [STALE * view.stale[v] + view.tlb[v] for view in views]
+            add("TLB", f"vCPU{v}" + f", page {page}" * (pages > 1), 112, seen, (f"vCPU{v}", page))
+        add("log", "bit", 36, ("PML" if any(view.pml) and view.bit != "1" else view.bit for view in views))
+    return columns
+
+
+def _stretch(column: Column, first: int, last: int, state: str) -> list[str]:
+    """One stretch of a column: a bar in the state's colour, its name where it begins."""
+    bare, stale = state.removeprefix(STALE), state.startswith(STALE)
+    fill, stroke = LOOK.get(bare, ("none", ""))[0], LOST if stale else "currentColor"
+    y, ink = TOP + first * ROW + 2, INK if fill != "none" else ""
+    bar = box(column.x, y, column.width, (last - first) * ROW - 4, fill, stroke=stroke, extra=DASHED if stale else PALE)
+    return [bar, text(column.x + column.width / 2, y + 18, state, size=12, bold=stale, fill=ink)]
+
+
+def _said(moment: RunMoment, before: Now) -> str:
+    """The step's name and, where there is room, what came of it."""
+    said, note = what_of(moment.action), moment.note
+    if moment.action.what.startswith(PASSES) and moment.now.pages == before.pages:
+        note = note or "changes no SPTE"
+    note = "⟳ TLB flush" if moment.flushed else note
+    if moment.now.logging != before.logging:
+        note = "" if moment.now.logging == "enabling" else f"logging is {moment.now.logging}"
+    return f"{said}: {note}" if note and len(said) + len(note) <= ROOM else said
+
+
+def _mark(moment: RunMoment, lane: int, row: int, reaches: Sequence[Column]) -> list[str]:
+    """Who acts, and lines to what that changes."""
+    who, x, y = moment.action.who, SAID + lane * LANE + LANE / 2, TOP + (row + 0.5) * ROW
+    said = {"v": "guest", "K": "KVM", "h": "host", "u": "ioctl"}[who[0]]
+    look = f'rx="{10 if said == "guest" else 2}" fill="{LOOK["read-only"][0]}" stroke="currentColor"'
+    mark = f'<rect x="{x - 23:g}" y="{y - 10:g}" width="46" height="20" {look}/>'
+    parts, begin = [mark, text(x, y + 4, said, size=12, fill=INK)], x + 23
+    for column in reaches:
+        parts.append(f'<path d="M{begin:g} {y:g}H{column.x:g}m-7 -4l7 4l-7 4" {LINE} stroke-width="2"/>')
+        begin = column.x + column.width
+    return parts
+
+
+def _moment_parts(run: Run, number: int, columns: Sequence[Column]) -> tuple[list[str], list[str]]:
+    """One row: what lies under the bars, what lies over them."""
+    moment, before = run.moments[number - 1], run.moments[number - 2].now if number > 1 else run.start
+    lane = run.actors.index(moment.action.who.removeprefix("KVM for "))
+    lost = moment.now.lost and not before.lost
+    reaches, y = [column for column in columns if column.changes(number)], TOP + (number + 0.5) * ROW
+    if lost and moment.hit:  # it goes through the TLB, and there it ends
+        reaches = [column for column in columns if column.tlb == (moment.action.who, moment.action.page)]
+    under, over = _mark(moment, lane, number, reaches), [text(26, y + 5, str(number), size=13, anchor="end")]
+    if lost:
+        under, over = [], over + [part.replace('"currentColor"', f'"{LOST}"') for part in under]
+    if lost and moment.hit:
+        over += [text(c.x + c.width / 2, y + 5, "lets it pass", size=12, bold=True, fill=INK) for c in reaches]
+    bold = lost or moment.action.what.startswith("flush")
+    over.append(text(34, y + 5, _said(moment, before), size=13, anchor="start", bold=bold))
+    if moment.flushed:
+        tlbs = [column for column in columns if column.tlb]
+        begin, end = tlbs[0].x - 4, tlbs[-1].x + tlbs[-1].width + 4
+        over.append(f'<path d="M{begin:g} {y - 15:g}H{end:g}" {LINE} stroke-width="5"/>')
+    return under, over
+
+
+def trace_picture(told: Result | Run) -> Picture:
+    """A run step by step from top to bottom: who acts, and what that makes of the SPTE, of each TLB and of the log. Of a
+    search's result it is the shortest run that loses a write. Raises ValueError if there is none."""
+    run = run_of(told) if isinstance(told, Result) else told
+    columns = _columns(run, SAID + len(run.actors) * LANE + 9)
+    rows, right = len(run.moments) + 1, columns[-1].x + columns[-1].width + 6
+    bottom, lost = TOP + rows * ROW, any(moment.now.lost for moment in run.moments[-1:])
+    under, over = [], [text(34, TOP + ROW / 2 + 5, "at the start", size=13, anchor="start")]
+    for lane, actor in enumerate(run.actors):
+        x = SAID + lane * LANE + LANE / 2
+        first, _, second = actor.partition(" ")
+        under += [text(x, 17, first, size=13, bold=True), text(x, 34, second, size=13, bold=True)]
+        under.append(f'<path d="M{x:g} {TOP}V{bottom:g}" {LINE} stroke-opacity="0.3"/>')
+    for column in columns:
+        x = column.x + column.width / 2
+        over += [text(x, 17, column.title[0], size=13, bold=True), text(x, 34, column.title[1], size=13)]
+        over += [part for stretch in column.stretches() for part in _stretch(column, *stretch)]
+    for number in range(1, rows):
+        below, above = _moment_parts(run, number, columns)
+        under, over = under + below, over + above
+    if lost:
+        over.append(box(4, bottom - ROW, right - 6, ROW + 34, "none", stroke=LOST, extra=' stroke-width="3"'))
+        over.append(text(right / 2, bottom + 22, LOSS, size=17, bold=True, fill=LOST))
+    alt = run.told()
+    return Picture(svg(right + 2, bottom + (40 if lost else 6), alt, [*under, *over]), alt)
+
+
+# ---- all runs of one page --------------------------------------------------------------------------------------------
+
+Spot = tuple[str, str, str]  # board, SPTE, TLB
+BOARDS = {"off": "logging off", "enabling": "enabling", "on": "logging on", "noted": "logging on, the log has the page"}
+BEFORE = ("off", "enabling")
+NOWHERE: Spot = ("lost", "", "")
+SPTES = ("not mapped", "writable", "clean", "access-tracked", "write-protected", "read-only")
+TLBS = ("empty", "write-protected", "clean", "writable")
+WIDE, HIGH, DOWN, PANEL, HEAD = 84, 40, 68, 294, 74
+
+
+def spot_of(now: Now) -> Spot:
+    """Where a state with one page and one vCPU is drawn: states that agree in what matters fall on one spot."""
+    page = now.pages[0]
+    if page.lost:
+        return NOWHERE
+    noted = now.logging == "on" and (page.bit == "1" or page.taken or any(page.pml))
+    return "noted" if noted else now.logging, page.spte, page.tlb[0]
+
+
+class _Board:
+    """Where everything is. ``place``: the middle of each spot's box."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.spots = [spot_of(now) for now in graph.states]
+        met = set(self.spots)
+        self.sptes = [spte for spte in SPTES if any(spot[1] == spte for spot in met)]
+        self.tlbs = [tlb for tlb in TLBS if any(spot[2] == tlb for spot in met)]
+        self.lost_y = HEAD + len(self.sptes) * DOWN + 20
+        tops = {"off": HEAD, "enabling": HEAD, "on": HEAD, "noted": self.lost_y + 70}
+        below = [spte for spte in self.sptes if any(spot[:2] == ("noted", spte) for spot in met)]
+        rows = {board: below if board == "noted" else self.sptes for board in BOARDS}
+        self.left = {board: 6 + min(n, 2) * (PANEL + 4) for n, board in enumerate(BOARDS)}
+        self.frame = {board: (tops[board] - 52 * (board != "noted"), len(rows[board])) for board in BOARDS}
+        self.place: dict[Spot, tuple[float, float]] = {}
+        for board, spte, tlb in sorted(met - {NOWHERE}):
+            x = self.left[board] + (self.tlbs.index(tlb) + 0.5) * PANEL / len(self.tlbs)
+            self.place[board, spte, tlb] = x, tops[board] + (rows[board].index(spte) + 0.5) * DOWN
+        self.tops, self.height = tops, tops["noted"] + len(below) * DOWN + 12
+        steps = {(a, self.spots[to]) for a, edges in zip(self.spots, graph.edges, strict=True) for _, to in edges}
+        self.edges = sorted((a, b) for a, b in steps if NOWHERE != a != b and (a[0] in BEFORE or b[0] not in BEFORE))
+
+    def ends(self, a: Spot, b: Spot) -> tuple[float, float, float, float]:
+        """From the border of one box to the border of another, along the line between their middles."""
+        xa, ya = self.place[a]
+        xb, yb = self.place.get(b, (xa, self.lost_y + 18))
+        dx, dy = xb - xa, yb - ya
+        cut = min((WIDE / 2 + 2) / abs(dx) if dx else 1, (HIGH / 2 + 2) / abs(dy) if dy else 1)
+        return xa + dx * cut, ya + dy * cut, xb - dx * cut, yb - dy * cut
+
+    def connector(self, a: Spot, b: Spot) -> tuple[str, float, float]:
+        """A lit arrow from box to box: its path, and where its number goes. Above the boxes if it runs along a row."""
+        xa, ya, xb, yb = self.ends(a, b)
+        if a[0] != b[0] != NOWHERE[0] and self.place[a][1] == self.place[b][1]:
+            (xa, ya), (xb, _) = self.place[a], self.place[b]
+            return f"M{xa + 14:.1f} {ya - 21:g}v-12H{xb - 14:.1f}v10" + _head(0, 1), (xa + xb) / 2, ya - 33
+        aside = 16 * (abs(xa - xb) < 1)  # a short vertical line must not hide behind its number
+        path = f"M{xa:.1f} {ya:.1f}L{xb:.1f} {yb:.1f}" + _head(xb - xa, yb - ya)
+        return path, (xa + xb) / 2 - aside, (ya + yb) / 2
+
+
+def _head(dx: float, dy: float) -> str:
+    """The end of a path that arrives in that direction: an arrow head."""
+    x, y = 9 * dx / hypot(dx, dy), 9 * dy / hypot(dx, dy)
+    return f"m{-x - y * 0.7:.1f} {-y + x * 0.7:.1f}l{x + y * 0.7:.1f} {y - x * 0.7:.1f}l{-x + y * 0.7:.1f} {-y - x * 0.7:.1f}"
+
+
+def _lines(said: str) -> list[str]:
+    """A state's name on one line or two."""
+    cut = max(said.find("-"), said.find(" ")) + 1
+    return [said[:cut].strip(), said[cut:]] if cut else [said]
+
+
+def _boards_parts(board: _Board) -> list[str]:
+    """The boards, the boxes, and thin lines for all steps between boxes."""
+    parts = []
+    for name, title in BOARDS.items():
+        (top, rows), left = board.frame[name], board.left[name]
+        bottom = board.tops[name] + rows * DOWN
+        parts.append(box(left, top - 20, PANEL, bottom - top + 22, "none", extra=' stroke-opacity="0.35"'))
+        parts.append(text(left + PANEL / 2, top, title, bold=True))
+        for n, tlb in enumerate(board.tlbs if name != "noted" else ()):
+            x = left + (n + 0.5) * PANEL / len(board.tlbs)
+            parts += [text(x, top + 20 + 15 * k, line, size=12) for k, line in enumerate(["TLB", *_lines(tlb)])]
+    for a, b in board.edges:
+        xa, ya, xb, yb = board.ends(a, b)
+        xm, ym = (xa + xb) / 2 + (yb - ya) * 0.06, (ya + yb) / 2 - (xb - xa) * 0.06
+        parts.append(f'<path d="M{xa:.1f} {ya:.1f}Q{xm:.1f} {ym:.1f} {xb:.1f} {yb:.1f}" {LINE} stroke-opacity="0.25"/>')
+    for spot, (x, y) in board.place.items():
+        fill, stale = LOOK[spot[1]][0], spot[2] == "writable" != spot[1]
+        stroke, extra = (LOST, DASHED) if stale else ("currentColor", "")
+        parts.append(box(x - WIDE / 2, y - HIGH / 2, WIDE, HIGH, fill, stroke=stroke, extra=extra))
+        ink, lines = INK if fill != "none" else "", _lines(spot[1])
+        parts += [text(x, y + 12 - 8 * len(lines) + 15 * k, line, size=12, fill=ink) for k, line in enumerate(lines)]
+    x, y = board.left["on"] + PANEL / 2, board.lost_y
+    if NOWHERE in board.spots:
+        parts.append(box(x - PANEL / 2, y, PANEL, 36, LOOK["missed"][0], stroke=LOST, extra=' stroke-width="3"'))
+        return [*parts, text(x, y + 24, LOSS, size=16, bold=True, fill=INK)]
+    return [*parts, text(x, y + 24, "no run loses a write", size=16, bold=True)]
+
+
+def _badge(x: float, y: float, said: str) -> list[str]:
+    wide = 12 + 8 * len(said)
+    around = f'<rect x="{x - wide / 2:.1f}" y="{y - 10:.1f}" width="{wide}" height="20" rx="10" fill="{LOST}"/>'
+    return [around, text(round(x, 1), round(y + 5, 1), said, size=13, bold=True, fill=INK)]
+
+
+def _lit_parts(board: _Board, graph: Graph, lit: Sequence[Action]) -> list[str]:
+    """The run as a thick line with the numbers of its steps, and those steps in words."""
+    spots = [board.spots[state] for state in graph.walk(lit)]
+    shown = spots[: spots.index(NOWHERE) + 1] if NOWHERE in spots else spots
+    parts, badges, stays = list[str](), list[str](), list[int]()
+    for number, (a, b) in enumerate(pairwise(shown), 1):
+        stays = [*stays, number] if a == b else []
+        if a == b and (number + 1 == len(shown) or shown[number + 1] != b):
+            x, y = board.place[b]
+            badges += _badge(x, y + HIGH / 2 + 6, "-".join(dict.fromkeys([str(stays[0]), str(stays[-1])])))
+        elif a != b:
+            path, x, y = board.connector(a, b)
+            parts += [f'<path d="{path}" {LIT}/>']
+            badges += _badge(x, y, str(number))
+    for number, action in enumerate(lit, 1):
+        stay = ": stays in its box" if spots[number] == spots[number - 1] else ""
+        y = board.lost_y + 74 + 20 * number
+        parts.append(text(34, y, str(number), size=13, anchor="end"))
+        parts.append(text(42, y, label(action) + stay, size=13, anchor="start"))
+    return parts + badges
+
+
+def page_graph_picture(hardware: Hardware, kernel: Kernel, lit: Sequence[Action] | None = None) -> Picture:
+    """All runs of one page and one vCPU, an access being one step. Each box stands for the states that agree in the phase of
+    logging, the SPTE, the TLB, and whether the log has the page; each line for steps between them. ``lit``: the run to
+    show, by default a shortest one that loses a write. Raises ValueError for a run that is not possible."""
+    graph = graph_of(hardware, kernel, grain=Grain.ACCESS)
+    board, run = _Board(graph), graph.shortest_loss() or () if lit is None else lit
+    parts = _boards_parts(board) + _lit_parts(board, graph, run)
+    said = f"{len(graph.states)} states in {len(set(board.spots))} boxes"
+    told = [said, "dashed: the TLB allows more than the SPTE", "not drawn: steps that switch logging off"]
+    told += [f"lit: a run of {len(run)} steps"] * bool(run)
+    for n, line in enumerate(told):
+        parts.append(text(10, board.lost_y + 10 + 20 * n, line, size=13, anchor="start", bold=n == 3))
+    ends = "no run loses a write" if graph.distance[0] is None else f"a run of {graph.distance[0]} steps loses a write"
+    alt = f"One page and one vCPU: {said}; {ends}. " + "; ".join(f"{n}. {label(a)}" for n, a in enumerate(run, 1))
+    height = max(board.height, board.lost_y + 84 + 20 * len(run))
+    return Picture(svg(board.left["on"] + PANEL + 6, height, alt.strip(), parts), alt.strip())

@@ -1,0 +1,202 @@
+"""The panel "You are the scheduler": the reader chooses each step of a tiny VM, and tries to lose a write.
+
+The panel carries the whole graph of the VM for each combination of its settings, found by `kvmbook.runs.graph_of`; so
+it works without a kernel behind it, and it knows from everywhere how far the nearest loss is.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import traitlets
+
+from kvmbook.figures import INK, LOOK, LOST
+from kvmbook.kernel import FlushPolicy, Kernel
+from kvmbook.panels import Panel, View
+from kvmbook.runs import Graph, Now, graph_of, label, what_of
+from kvmbook.scenes import HARDWARE
+
+SETTINGS = {"A/D bits": list(HARDWARE), "flush when enabling": ["if changed", "always"]}
+ACTORS = ("vCPU0", "KVM for vCPU0", "host", "user space")
+SENTENCES = {
+    "start": "Nothing is lost. Choose a step.",
+    "going": "Nothing is lost. Steps so far: {steps}.",
+    "lost": "The write to page 0 is lost: no report will ever name it. Steps so far: {steps}, lost by step {lost}; "
+    "the shortest run that loses a write has {shortest}.",
+    "covered": "Step {lost} lost a write; later steps cover it up. Steps so far: {steps}.",
+    "safe": "No run loses a write: all {states} states were visited.",
+    "hint": "From here the soonest loss takes {distance} more step(s).",
+    "no hint": "From here no run loses a write.",
+}
+
+
+def rows_of(now: Now, pml: bool) -> list[tuple[str, str, str, bool]]:
+    """What the panel shows of a state: name, look (a key of `kvmbook.figures.LOOK`, or ""), words, and whether it is stale.
+    ``pml``: the CPU has a PML buffer to show."""
+    page = now.pages[0]
+    tlb = ("stale: " if page.stale[0] else "") + page.tlb[0]
+    owes = (", a flush is owed" if now.owed else ", no flush is owed") * now.following.startswith("flush_if")
+    rows = [
+        ("SPTE, page 0", page.spte, page.spte, False),
+        ("its word", "", f"{page.word:016x}", False),
+        ("TLB of vCPU0", page.tlb[0], tlb, page.stale[0]),
+        ("dirty bitmap", "", page.bit + (", the harvest holds a 1" if page.taken else ""), False),
+        ("PML buffer", "", "page 0" if page.pml[0] else "empty", False),
+        ("KVM for vCPU0", "", now.faults[0] or "nothing to do", False),
+        ("ioctl", "", now.ioctl or "none", False),
+        ("its next step", "", now.following + owes or "none", False),
+        ("logging", "", now.logging, False),
+    ]
+    return [row for row in rows if pml or row[0] != "PML buffer"]
+
+
+def carried(graph: Graph, pml: bool) -> dict[str, Any]:
+    """A graph as plain lists of numbers. ``rows``: the different rows; ``states``: for each state its rows, whether a write
+    is lost (0, 1), and the distance to the nearest loss (-1: none); ``edges``: label, state, label, state, ..."""
+    rows: dict[tuple[str, str, str, bool], int] = {}
+    labels: dict[tuple[str, str, str], int] = {}
+    states = [
+        [*(rows.setdefault(row, len(rows)) for row in rows_of(now, pml)), int(now.lost), -1 if far is None else far]
+        for now, far in zip(graph.states, graph.distance, strict=True)
+    ]
+    edges = [
+        [n for a, to in steps for n in (labels.setdefault((label(a), a.who, what_of(a)), len(labels)), to)]
+        for steps in graph.edges
+    ]
+    return {"rows": list(rows), "labels": list(labels), "states": states, "edges": edges}
+
+
+class SchedulerPanel(Panel):
+    """A panel whose result is a whole graph: `do`, `undo` and `play` walk it, as the buttons do.
+
+    ``path``: the labels of the steps so far; ``asked``: "", "hint", or "play" if the reader has asked for that.
+    """
+
+    _esm = pathlib.Path(__file__).parent / "scheduler.js"
+    path: Any = traitlets.List().tag(sync=True)
+    asked = traitlets.Unicode().tag(sync=True)
+    words = traitlets.Dict().tag(sync=True)
+
+    def __init__(self) -> None:
+        self._graphs: dict[str, dict[str, Any]] = {}
+        super().__init__("You are the scheduler", SETTINGS, View)
+        self.words = {
+            "actors": ACTORS,
+            "sentences": SENTENCES,
+            "look": {state: fill for state, (fill, _) in LOOK.items()},
+            "ink": INK,
+            "lost": LOST,
+        }
+        self.observe(lambda change: self.start_again(), names="chosen")
+
+    def _state(self, combination: Sequence[str]) -> dict[str, str]:
+        ad_bits, flush = combination
+        kernel = Kernel.v5_19.with_(flush=FlushPolicy(flush))
+        graph = carried(graph_of(HARDWARE[ad_bits], kernel), HARDWARE[ad_bits].pml_entries > 0)
+        return {"graph": json.dumps(graph, separators=(",", ":"))}
+
+    # ---- walking ----------------------------------------------------------------------------------------------------
+
+    @property
+    def graph(self) -> dict[str, Any]:
+        """The graph of the settings that are chosen, as `carried` makes it."""
+        key = self._key(self.chosen)
+        if key not in self._graphs:
+            self._graphs[key] = json.loads(self.states[key]["graph"])
+        return self._graphs[key]
+
+    def _steps(self, state: int) -> dict[str, int]:
+        edges = self.graph["edges"][state]
+        return {self.graph["labels"][n][0]: to for n, to in zip(edges[::2], edges[1::2], strict=True)}
+
+    def _states(self) -> list[int]:
+        """The states of the path, the start first."""
+        states = [0]
+        for said in self.path:
+            states.append(self._steps(states[-1])[said])
+        return states
+
+    def possible(self) -> list[str]:
+        """The steps that are possible now."""
+        return list(self._steps(self._states()[-1]))
+
+    def do(self, step: str) -> str:
+        """Do one step and return the sentence. ValueError if it is not possible now."""
+        if step not in self.possible():
+            raise ValueError(f"{step!r} is not possible now; possible: {', '.join(self.possible())}")
+        self._go([*self.path, step])
+        return self.readout
+
+    def undo(self) -> str:
+        """Take the last step back, if there is one."""
+        self._go(self.path[:-1])
+        return self.readout
+
+    def start_again(self) -> str:
+        """Back to the start."""
+        self._go([])
+        return self.readout
+
+    def hint(self) -> str:
+        """How far it is to the nearest loss."""
+        self.asked = "hint"
+        return self.readout
+
+    def play(self) -> str:
+        """Walk a shortest run that loses a write, from the start; if there is none, say so."""
+        here, path = 0, []
+        while (far := self.graph["states"][here][-1]) > 0:
+            step, here = next((s, to) for s, to in self._steps(here).items() if self.graph["states"][to][-1] == far - 1)
+            path.append(step)
+        self._go(path, "play")
+        return self.readout
+
+    def _go(self, path: list[str], asked: str = "") -> None:
+        with self.hold_sync():
+            self.path, self.asked = path, asked
+
+    # ---- what is said -----------------------------------------------------------------------------------------------
+
+    @property
+    def rows(self) -> list[tuple[str, str]]:
+        """What is shown of the state that the path has led to: name and words."""
+        return [(name, said) for name, _, said, _ in self._rows()]
+
+    def _rows(self) -> list[list[Any]]:
+        return [self.graph["rows"][number] for number in self.graph["states"][self._states()[-1]][:-2]]
+
+    @property
+    def lost(self) -> bool:
+        """Whether a write is lost now."""
+        return bool(self.graph["states"][self._states()[-1]][-2])
+
+    @property
+    def readout(self) -> str:
+        """The sentence."""
+        states, passed = self.graph["states"], self._states()
+        far, lost = states[passed[-1]][-1], [states[number][-2] for number in passed]
+        safe = states[0][-1] < 0
+        said = "lost" if lost[-1] else "covered" if any(lost) else "going" if self.path else "start"
+        said = "safe" if self.asked == "play" and safe else said
+        told = [said] + ["no hint" if far < 0 else "hint"] * (self.asked == "hint" and not lost[-1])
+        numbers = {
+            "steps": len(self.path),
+            "lost": lost.index(1) if any(lost) else 0,
+            "shortest": states[0][-1],
+            "states": len(states),
+            "distance": far,
+        }
+        return " ".join(SENTENCES[name].format(**numbers) for name in told)
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{name}: {option}" for name, option in self.chosen.items())
+        steps = [f"{number:3}  {step}" for number, step in enumerate(self.path, 1)]
+        return "\n".join([f"{self.title} [{settings}]", *steps, *(f"{n}: {s}" for n, s in self.rows), self.readout])
+
+
+def you_are_the_scheduler() -> SchedulerPanel:
+    """Chapter 10: one page, one vCPU; the reader says who moves next."""
+    return SchedulerPanel()
