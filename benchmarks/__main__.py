@@ -1,5 +1,6 @@
 """Run every benchmark and print its table."""
 
-from benchmarks import spte_arrays
+from benchmarks import explore, spte_arrays
 
 spte_arrays.main()
+explore.main()

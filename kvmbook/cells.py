@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 
 from kvmbook.access_tracking import ClearYoung
+from kvmbook.arrays import Spte, Truth
 from kvmbook.dirty_log import GetDirtyLog
 from kvmbook.faults import PageFault
 from kvmbook.hardware import Hardware
@@ -30,7 +31,7 @@ from kvmbook.kernel import FlushRule, Kernel
 from kvmbook.machine import Operation, VcpuState
 from kvmbook.memslots import KVM_MEM_LOG_DIRTY_PAGES, MemorySlot
 from kvmbook.schedule import BASE_GFN, Action, Grain, act, possible, smallest_vm
-from kvmbook.spte import PAGE_SHIFT, PG_LEVEL_4K
+from kvmbook.spte import PAGE_SHIFT, PG_LEVEL_4K, SpteFormat
 from kvmbook.tlb import TlbEntry
 from kvmbook.vm import Vm
 
@@ -44,10 +45,34 @@ def remembered(method: Method) -> Method:
     def run_once(self: Cells, *args: Any) -> Any:
         key = method, *args
         if key not in self._known:
+            self._rule.asked = False
             self._known[key] = method(self, *args)
+            if self._rule.asked:
+                self._by_rule.add(key)
         return self._known[key]
 
     return cast(Method, run_once)
+
+
+@dataclass
+class _Watched:
+    """A flush rule that notes whether it was ``asked``."""
+
+    rule: FlushRule
+    asked: bool = False
+
+    @property
+    def unconditional(self) -> bool:
+        self.asked = True
+        return self.rule.unconditional
+
+    def after_write_protect(self, fmt: SpteFormat, old: Spte, new: Spte, answer: Truth) -> Truth:
+        self.asked = True
+        return self.rule.after_write_protect(fmt, old, new, answer)
+
+    def after_clear_dirty(self, fmt: SpteFormat, old: Spte, new: Spte, answer: Truth) -> Truth:
+        self.asked = True
+        return self.rule.after_clear_dirty(fmt, old, new, answer)
 
 
 class Word(NamedTuple):
@@ -159,9 +184,15 @@ class Cells:
         grain: Grain = Grain.STEP,
         without: Collection[str] = (),
     ) -> None:
+        if not kernel.srcu_grace_period:
+            raise ValueError(
+                "without a grace period a fault may hold any slot that ever was; kvmbook.schedule can run that"
+            )
         self.grain, self.without = grain, frozenset(without)
         self.pages = pages
-        self._vm = smallest_vm(hardware, kernel, pages, 1, grain)
+        self._rule = _Watched(kernel.flush)
+        self._by_rule: set[tuple[Any, ...]] = set()  # the steps that asked it
+        self._vm = smallest_vm(hardware, kernel.with_(flush=self._rule), pages, 1, grain)
         self._vcpu = self._vm.vcpus[0]
         tables, root = self._vm.page_tables, self._vm.l1_root
         self._sptep = [tables.entry_at(root, BASE_GFN + page, PG_LEVEL_4K) for page in range(pages)]
@@ -170,11 +201,12 @@ class Cells:
         self._known: dict[tuple[Any, ...], Any] = {}
 
     def with_flush(self, rule: FlushRule) -> Cells:
-        """The same under another flush rule. Only steps of user space ask it: all else that is known stays known."""
+        """The same under another flush rule. Steps that did not ask the rule are already known."""
         other = copy.copy(self)
-        other._vm = self._vm.copy()
-        other._vcpu, other._vm.kernel = other._vm.vcpus[0], self._vm.kernel.with_(flush=rule)
-        other._known = {key: found for key, found in self._known.items() if key[0].__name__ != "user_step"}
+        other._vm, other._rule, other._by_rule = self._vm.copy(), _Watched(rule), set()
+        other._vcpu, other._vm.kernel = other._vm.vcpus[0], self._vm.kernel.with_(flush=other._rule)
+        other._exemplars = dict(self._exemplars)
+        other._known = {key: found for key, found in self._known.items() if key not in self._by_rule}
         return other
 
     # ---- putting parts in, taking parts out -------------------------------------------------------------------------

@@ -6,16 +6,21 @@ An unanswered exercise (None) is "Not yet". An answer that raises is told so, an
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
+from kvmbook.anynumber import AnyNumber
+from kvmbook.cells import Cells
+from kvmbook.explore import Result, explore
 from kvmbook.faults import ACCESSES, Outcome
+from kvmbook.flush_rules import BITS, BitRule, leaves_met, sound_rules
 from kvmbook.hardware import Hardware
 from kvmbook.kernel import FlushPolicy, FlushRule, Kernel
 from kvmbook.memory_regions import kvm_mmu_slot_apply_flags
 from kvmbook.memslots import KVM_MEM_LOG_DIRTY_PAGES, Change, MemorySlot
 from kvmbook.scenes import BASE_GFN
+from kvmbook.schedule import Grain, act, possible, smallest_vm
 from kvmbook.vm import Vm
 
 PAGES = 16
@@ -198,3 +203,102 @@ def check_08_3(run: Run) -> str:
     if not vm.written and not any(e.step == "write" for e in vm.log):
         return "nobody writes after logging is enabled"
     return "no write is missed; look at D in the SPTE and in vCPU 0's TLB before you enable logging"
+
+
+# ---- chapter 10 ------------------------------------------------------------------------------------------------------
+
+
+@checker
+def check_10_1(without: Collection[str]) -> str:
+    """The one step without which v5.19 loses no write on a CPU without A/D bits."""
+    if isinstance(without, str) or len(without) != 1:
+        return 'give one step in a list or tuple, like ("forgets",)'
+    (name,) = without
+    if name in ("writes", "enables"):
+        return "that one must stay: without it nobody writes, or nobody logs"
+    if name not in ("reads", "forgets", "ages", "ages and flushes", "gets", "disables"):
+        return f"{name!r} is none of the steps that somebody chooses"
+    if explore(Hardware.ept(ad_bits=False), Kernel.v5_19, vcpus=2, grain=Grain.FAULT, without=without).safe:
+        return ""
+    return "a write is still lost; which step of the run leaves the TLB stale?"
+
+
+@checker
+def check_10_2(steps: Sequence[str]) -> str:
+    """Lose the writes to both pages of a slot, in as few steps as can be."""
+    vm = smallest_vm(Hardware.ept(ad_bits=False), Kernel.v5_19, pages=2, grain=Grain.ACCESS)
+    for number, said in enumerate(steps, 1):
+        can = {" ".join(str(action).split()): action for action in possible(vm, Grain.ACCESS)}
+        if " ".join(said.split()) not in can:
+            return f"step {number}, {said!r}, is not possible there; possible: {', '.join(can)}"
+        act(vm, can[" ".join(said.split())], Grain.ACCESS)
+    if len(vm.missed_dirty(0)) < 2:
+        return f"{len(vm.missed_dirty(0))} of 2 writes are lost; can one pass of enabling miss both pages?"
+    return "" if len(steps) <= 13 else f"both are lost, in {len(steps)} steps; 13 are enough"
+
+
+@checker
+def check_10_3(results: tuple[Result, Result]) -> str:
+    """Reclaim alone loses a write where clear_flush_young does not flush, unless enabling flushes always."""
+    losing, safe = results
+    for result in (losing, safe):
+        if result.hardware.format.kvm_ad_enabled:
+            return f"the bug is about CPUs without A/D bits, this is {result.hardware.name}"
+        if result.kernel.clear_flush_young_flushes:
+            return "both kernels need clear_flush_young_flushes=False"
+        if "ages" not in result.without or "ages and flushes" in result.without:
+            return 'leave out "ages", and nothing of "ages and flushes"'
+        if {"reads", "writes", "enables"} & result.without:
+            return "the guest must be able to read and write, and user space to enable logging"
+    if losing.safe or not safe.safe:
+        return "the first result should lose a write, the second be safe; which flush rule does each kernel have?"
+    if not safe.kernel.flush.unconditional:
+        return "the second kernel should have the patch: Kernel.v6_0"
+    return ""
+
+
+# ---- chapter 11 ------------------------------------------------------------------------------------------------------
+
+
+@checker
+def check_11_1(rule: BitRule) -> str:
+    """The cheapest sound rule on AMD."""
+    hardware = Hardware.npt()
+    if not isinstance(rule, BitRule):
+        return "give a BitRule(frozenset(...)) of kinds from leaves_met(...)"
+    if sound_rules(hardware, [rule]) != [rule]:
+        return "a write can be lost under this rule; which kinds of leaf may a TLB still let write?"
+    spare = [kind for kind in rule.kinds if sound_rules(hardware, [BitRule(rule.kinds - {kind})])]
+    return f"it is sound, but {len(spare)} of its {len(rule.kinds)} kinds could be left out" if spare else ""
+
+
+@checker
+def check_11_2(rule: FlushRule) -> str:
+    """A rule that is sound everywhere, and still not unconditional."""
+    if isinstance(rule, type):
+        return "pass an object, MyRule(), not the class"
+    if rule.unconditional:
+        return "an unconditional rule is sound, and was taken; look for one that asks"
+    for hardware in (Hardware.ept(ad_bits=False), Hardware.ept(pml=True), Hardware.npt(), Hardware.shadow()):
+        cells = Cells(hardware, Kernel.v5_19.with_(flush=rule), 1, Grain.FAULT)
+        if not AnyNumber(cells).search(stop_at_loss=True).verdict().safe:
+            return f"a write can be lost on {hardware.name}"
+    return ""
+
+
+@checker
+def check_11_3(run: Run) -> str:
+    """A run that loses a write under the rule that was only lucky: flush if W, or if access-tracked."""
+    hardware = Hardware.ept(ad_bits=False)
+    bits = 1 << BITS.index("W") | 1 << BITS.index("tracked")
+    rule = BitRule(frozenset(kind for kind in leaves_met(hardware) if kind.before & bits))
+    vm = Vm(hardware, kernel := Kernel.v5_19.with_(flush=rule), vcpus=2)
+    vm.set_user_memory_region(slot=0, base_gfn=BASE_GFN, npages=PAGES)
+    run(vm)
+    if vm.kernel is not kernel:
+        return "that is another kernel; keep the one you are given"
+    if (0, 0) not in vm.memslots.slots or not vm.memslots.slots[0, 0].logs_dirty:
+        return "your run must leave dirty logging enabled"
+    if len(vm.missed_dirty(0)):
+        return ""
+    return "no write is missed; which kind of leaf is not in the rule, and how does a page come to look like that?"

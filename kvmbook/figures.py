@@ -250,3 +250,26 @@ def plot_missed(ax: Axes, xs: Sequence[int], missed: Mapping[str, Sequence[int]]
     ax.tick_params(labelsize=13)
     ax.grid(alpha=0.3)
     ax.legend(title="flush when enabling", fontsize=12, title_fontsize=12)
+
+
+def plot_rules(
+    ax: Axes, points: Sequence[tuple[int, int, bool]], named: Mapping[str, tuple[int, int]], title: str
+) -> None:
+    """Draw what flush rules cost: (flushes, writes missed, sound) of each, and the names of a few."""
+    for sound, mark, said in ((False, "x", "unsound"), (True, "o", "sound")):
+        here = [(flushes, missed) for flushes, missed, is_sound in points if is_sound is sound]
+        colour = LOOK["reported" if sound else "missed"][0]
+        xs, ys = [flushes for flushes, _ in here], [missed for _, missed in here]
+        ax.scatter(xs, ys, s=130, marker=mark, color=colour, label=said, linewidths=3, zorder=2)
+    corners: dict[tuple[int, int], list[str]] = {}
+    for name, corner in named.items():
+        corners.setdefault(corner, []).append(name)
+    for corner, names in corners.items():
+        ax.annotate(", ".join(names), corner, xytext=(8, 10), textcoords="offset points", fontsize=12)
+    ax.set_title(title, fontsize=14)
+    ax.set_xlabel("flushes while enabling", fontsize=14)
+    ax.set_ylabel("missed writes", fontsize=14)
+    ax.tick_params(labelsize=13)
+    ax.margins(0.12)
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=12)

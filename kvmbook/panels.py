@@ -8,15 +8,23 @@ from __future__ import annotations
 
 import itertools
 import pathlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import anywidget
 import traitlets
 
+from kvmbook.anynumber import any_number
+from kvmbook.explore import explore
 from kvmbook.figures import Picture, plans_picture, scene_picture
+from kvmbook.flush_rules import BITS, BitRule, cost, leaves_met
+from kvmbook.hardware import Hardware
 from kvmbook.kernel import FlushPolicy, Kernel
+from kvmbook.run_figures import trace_picture
+from kvmbook.runs import retell, run_of
 from kvmbook.scenes import CHANGES, HARDWARE, TOUCHES, enabling_plan, write_after_enabling
+from kvmbook.schedule import Grain, smallest_vm
 
 HERE = pathlib.Path(__file__).parent
 POLICIES = {policy.value: policy for policy in FlushPolicy}
@@ -65,8 +73,8 @@ class Panel(anywidget.AnyWidget):
         return list(itertools.product(*self._options.values()))
 
     def choose(self, **chosen: str) -> str:
-        """Set options by name (spaces as underscores) and return the sentence. KeyError or ValueError for unknown ones."""
-        named = {name.replace(" ", "_").replace("/", "_"): name for name in self._options}
+        """Set options by name (``_`` for what is no letter) and return the sentence. KeyError or ValueError for unknown ones."""
+        named = {re.sub(r"\W+", "_", name): name for name in self._options}
         wanted = {named[key]: option for key, option in chosen.items()}
         for name, option in wanted.items():
             if option not in self._options[name]:
@@ -153,3 +161,31 @@ def who_flushes_where() -> Panel:
         "nested guest": ["none", "has run"],
     }
     return Panel("Who flushes where", settings, show)
+
+
+def write_the_rule() -> Panel:
+    """Chapter 11: which kinds of leaf shall make enabling flush? For a CPU without A/D bits, all eight rules."""
+    hardware = Hardware.ept(ad_bits=False)
+    names = {"W": "writable", "tracked": "access-tracked", "MW": "neither, but MMU-writable"}  # the first that fits
+    kinds = {
+        next(said for bit, said in names.items() if kind.before >> BITS.index(bit) & 1): kind
+        for kind in leaves_met(hardware)
+    }
+    seed = run_of(explore(hardware, Kernel.v5_19, grain=Grain.FAULT))
+
+    def show(*answers: str) -> View:
+        chosen = dict(zip(names.values(), answers, strict=True))
+        rule = BitRule(frozenset(kind for name, kind in kinds.items() if chosen[name] == "yes"))
+        result = explore(hardware, Kernel.v5_19.with_(flush=rule), vcpus=2, grain=Grain.FAULT)
+        flushes, missed = cost(hardware, rule)
+        paid = f"60 migrations of the workload: {flushes} flushes, {missed} writes missed."
+        if not result.safe:
+            steps = len(result.trace or ())
+            return View(trace_picture(result), f"Unsound: a write can be lost, in {steps} steps. {paid}")
+        vm = smallest_vm(hardware, result.kernel, 1, 2, Grain.FAULT)
+        states = any_number(hardware, result.kernel).states
+        said = f"Sound, for any number of pages and vCPUs ({states} abstract states). {paid}"
+        return View(trace_picture(retell(vm, [m.action for m in seed.moments], Grain.FAULT)), said)
+
+    settings = {f"flush for a leaf that is {name}": ["no", "yes"] for name in names.values()}
+    return Panel("Write the rule", settings, show)

@@ -1,0 +1,244 @@
+"""How long it takes to know that no run of a small VM loses a write, or how the shortest one does: SPIN, the plain search,
+`kvmbook.explore` and `kvmbook.products`, on the same transition systems, in turns, each in a process of its own.
+
+SPIN gets a generated model with tables in C (`benchmarks.promela`) and the options that were fastest. All sides are one
+thread. Times are medians; a side whose first run takes more than a minute runs once. Ratios are of CPU times, which other
+work on the machine disturbs less; on an idle one they are the same. Memory is the peak of the process, for ours with the
+interpreter and numpy.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.promela import BREADTH_FIRST, FAST, Measured, Verifier, measured, missing
+from kvmbook import Hardware, Kernel
+from kvmbook.explore import Search, Space, space_of
+from kvmbook.schedule import Grain, plain_search, smallest_vm
+
+ROOT = Path(__file__).parent.parent
+ONCE = 60.0  # seconds
+EPT, NPT = Hardware.ept(ad_bits=False), Hardware.npt()
+Instance = tuple[Hardware, Kernel, int, int, Grain]
+INSTANCES: list[tuple[str, Instance, bool, int]] = [  # whether a write is lost, and the number of rounds
+    ("EPT without A/D, v5.19, 1 page, 1 vCPU, cut by step", (EPT, Kernel.v5_19, 1, 1, Grain.STEP), True, 5),
+    ("EPT without A/D, v5.19, 2 pages, 2 vCPUs, cut by fault", (EPT, Kernel.v5_19, 2, 2, Grain.FAULT), True, 5),
+    ("EPT without A/D, v5.19, 2 pages, 3 vCPUs, cut by fault", (EPT, Kernel.v5_19, 2, 3, Grain.FAULT), True, 3),
+    ("NPT, v5.19, 2 pages, 2 vCPUs, cut by step", (NPT, Kernel.v5_19, 2, 2, Grain.STEP), False, 1),
+]
+PLAIN_ON = 1  # so many of them are small enough for the plain search
+SEED = (
+    "import kvmbook; from kvmbook.explore import explore; "
+    "print(explore(kvmbook.Hardware.ept(ad_bits=False), kvmbook.Kernel.v5_19))"
+)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one side found, None where it did not look, and what it took. ``steps``: of the shortest run that loses a
+    write, 0 if there is none. ``extra``: seconds for what must be there before it can begin."""
+
+    seconds: float
+    cpu: float
+    extra: float
+    peak_bytes: int
+    states: int | None = None
+    safe: bool | None = None
+    depth: int | None = None
+    steps: int | None = None
+
+
+# ---- our sides, each in a child process ------------------------------------------------------------------------------
+
+
+def plain(space: Callable[[], Space], instance: Instance) -> dict[str, float | None]:
+    hardware, kernel, pages, vcpus, grain = instance
+    start, cpu = time.perf_counter(), time.process_time()
+    reach = plain_search(smallest_vm(hardware, kernel, pages, vcpus, grain), grain)
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    steps = len(reach.trace or ())
+    return {
+        "seconds": seconds,
+        "cpu": cpu,
+        "extra": 0.0,
+        "states": reach.states,
+        "safe": reach.trace is None,
+        "depth": reach.depth,
+        "steps": steps,
+    }
+
+
+def search(space: Callable[[], Space], instance: Instance) -> dict[str, float | None]:
+    start = time.perf_counter()
+    made = Search(space())
+    ready, cpu = time.perf_counter(), time.process_time()
+    made.run()
+    trace = made.shortest_loss()
+    seconds, cpu = time.perf_counter() - ready, time.process_time() - cpu
+    return {
+        "seconds": seconds,
+        "cpu": cpu,
+        "extra": ready - start,
+        "states": made.states,
+        "safe": trace is None,
+        "depth": made.depth,
+        "steps": len(trace or ()),
+    }
+
+
+def products(space: Callable[[], Space], instance: Instance) -> dict[str, float | None]:
+    from kvmbook.products import count_states
+
+    start = time.perf_counter()
+    made = space()
+    ready, cpu = time.perf_counter(), time.process_time()
+    count = count_states(made)
+    return {
+        "seconds": time.perf_counter() - ready,
+        "cpu": time.process_time() - cpu,
+        "extra": ready - start,
+        "states": count.states,
+        "safe": count.safe,
+    }
+
+
+def child(name: str, number: int) -> None:
+    """What a child process does: one side on one instance, its findings as JSON."""
+    instance = INSTANCES[number][1]
+    sides = {"plain": plain, "search": search, "products": products}
+    print(json.dumps(sides[name](lambda: space_of(*instance), instance)))
+
+
+def ours(name: str, number: int) -> Found:
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from benchmarks import explore; "
+    done = measured([sys.executable, "-c", f"{code}explore.child({name!r}, {number})"], ROOT)
+    return Found(peak_bytes=done.peak_bytes, **json.loads(done.output))
+
+
+# ---- SPIN's sides ----------------------------------------------------------------------------------------------------
+
+
+def spin_count(spin: Verifier) -> Found:
+    run = spin.count()
+    return Found(run.seconds, run.cpu, spin.seconds, run.peak_bytes, run.states, not run.lost)
+
+
+def spin_levels(spin: Verifier) -> Found:
+    run = spin.breadth_first()
+    steps = None if run.lost else 0
+    return Found(run.seconds, run.cpu, spin.seconds, run.peak_bytes, run.states, not run.lost, run.depth, steps)
+
+
+def spin_trail(spin: Verifier) -> Found:
+    run, steps = spin.shortest_loss()
+    return Found(run.seconds, run.cpu, spin.seconds, run.peak_bytes, safe=not run.lost, steps=steps or 0)
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+Sides = dict[str, Callable[[], Found]]
+
+
+def in_turns(sides: Sides, rounds: int) -> dict[str, list[Found]]:
+    """Each side once, then each once more, and so on."""
+    found: dict[str, list[Found]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, run in sides.items():
+            if not found[name] or found[name][0].seconds < ONCE:
+                found[name].append(run())
+    return found
+
+
+def agree(found: dict[str, list[Found]]) -> None:
+    """All sides say the same, as far as they say anything."""
+    for what in ("states", "safe", "depth", "steps"):
+        said = {getattr(run, what) for runs in found.values() for run in runs} - {None}
+        assert len(said) <= 1, f"{what}: {said}"
+
+
+ROWS = [  # side, with what must be there before it can begin, task, compared with, remark
+    ("spin_count", False, "count, verdict: SPIN, depth first", "spin_count", "visits states one by one, hash table"),
+    ("spin_count", True, "  with writing and compiling it", "spin_count", ""),
+    ("products", False, "count, verdict: products", "spin_count", "pages are independent: visits no states"),
+    ("products", True, "  with the tables", "spin_count", ""),
+    ("search", False, "count, verdict: Search", "spin_count", "does the whole search below"),
+    ("spin_levels", False, "depth: SPIN, -DBFS", "spin_levels", ""),
+    ("spin_trail", False, "shortest run only: SPIN, -DBFS", "spin_trail", "stops at the first loss"),
+    ("search", False, "depth, shortest run: Search", "spin_levels", "a state is a number: one byte each, gathers"),
+    ("search", True, "  with the tables", "spin_levels", ""),
+    ("search", False, "shortest run only: Search", "spin_trail", "does not stop early: the same search"),
+    ("plain", False, "depth, shortest run: plain search", "spin_levels", "copies and steps whole VMs"),
+]
+
+
+def table(found: dict[str, list[Found]]) -> None:
+    states = next(run.states for runs in found.values() for run in runs if run.states is not None)
+    print(f"  {'':36}{'runs':>4}{'seconds':>10}{'CPU s':>8}{'states/s':>14}{'x SPIN':>9}{'MiB':>7}{'B/state':>9}")
+    for side, whole, task, against, remark in ROWS:
+        if side in found and (against != "spin_trail" or not found["search"][0].safe):
+            runs = found[side]
+            seconds = statistics.median(run.seconds + whole * run.extra for run in runs)
+            cpu = statistics.median(run.cpu + whole * run.extra for run in runs)
+            spin = statistics.median(run.cpu for run in found[against]) if against in found else None
+            ratio = "-" if spin is None else f"{spin / cpu:.3g}"
+            rate = f"{states / seconds:,.0f}" if "only: SPIN" not in task else "-"
+            peak = max(run.peak_bytes for run in runs)
+            memory = "" if whole else f"{peak / 2**20:7,.0f}{peak / states:9,.1f}"
+            print(
+                f"  {task:36}{len(runs):4}{seconds:10.3g}{cpu:8.3g}{rate:>14}{ratio:>9}{memory:16}  {remark}".rstrip()
+            )
+
+
+def one_instance(number: int, with_spin: bool) -> None:
+    name, instance, loses, rounds = INSTANCES[number]
+    sides: Sides = {"search": lambda: ours("search", number)}
+    if importlib.util.find_spec("kvmbook.products") is not None:
+        sides["products"] = lambda: ours("products", number)
+    if number < PLAIN_ON:
+        sides["plain"] = lambda: ours("plain", number)
+    with tempfile.TemporaryDirectory() as directory:
+        if with_spin:
+            spin = Verifier(space_of(*instance), Path(directory))
+            sides = {
+                "spin_count": lambda: spin_count(spin),
+                "spin_levels": lambda: spin_levels(spin),
+                **({"spin_trail": lambda: spin_trail(spin)} if loses else {}),
+                **sides,
+            }
+        found = in_turns(sides, rounds)
+    agree(found)
+    first = found["search"][0]
+    assert first.safe is not loses
+    verdict = "no run loses a write" if first.safe else f"a write is lost in {first.steps} steps"
+    print(f"\n{name}: {first.states:,} states, depth {first.depth}, {verdict}; all sides agree")
+    table(found)
+
+
+def seed() -> Measured:
+    """A whole process, from the start of the interpreter to the printed trace."""
+    return measured([sys.executable, "-c", SEED], ROOT)
+
+
+def main() -> None:
+    lacks = missing()
+    print("Every interleaving of a small VM, against the model checker SPIN.")
+    print(f"SPIN is left out, {lacks}" if lacks else f"SPIN compiled with {' '.join(FAST)}, or {BREADTH_FIRST[-1]} too")
+    print(f"on one of {os.cpu_count()} cores; x SPIN: SPIN's CPU time at the same task as a multiple of this side's")
+    for number in range(len(INSTANCES)):
+        one_instance(number, with_spin=not lacks)
+    runs = [seed() for _ in range(5)]
+    seconds = statistics.median(run.seconds for run in runs)
+    print(f"\nwhole process, from `import kvmbook` to the printed trace of the seed: {seconds:.2f} s, median of 5")
+
+
+if __name__ == "__main__":
+    main()
