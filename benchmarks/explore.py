@@ -32,8 +32,9 @@ Instance = tuple[Hardware, Kernel, int, int, Grain]
 INSTANCES: list[tuple[str, Instance, bool, int]] = [  # whether a write is lost, and the number of rounds
     ("EPT without A/D, v5.19, 1 page, 1 vCPU, cut by step", (EPT, Kernel.v5_19, 1, 1, Grain.STEP), True, 5),
     ("EPT without A/D, v5.19, 2 pages, 2 vCPUs, cut by fault", (EPT, Kernel.v5_19, 2, 2, Grain.FAULT), True, 5),
-    ("EPT without A/D, v5.19, 2 pages, 3 vCPUs, cut by fault", (EPT, Kernel.v5_19, 2, 3, Grain.FAULT), True, 3),
+    ("EPT without A/D, v5.19, 2 pages, 3 vCPUs, cut by fault", (EPT, Kernel.v5_19, 2, 3, Grain.FAULT), True, 1),
     ("NPT, v5.19, 2 pages, 2 vCPUs, cut by step", (NPT, Kernel.v5_19, 2, 2, Grain.STEP), False, 1),
+    ("NPT, v5.19, 5 pages, 1 vCPU, cut by access", (NPT, Kernel.v5_19, 5, 1, Grain.ACCESS), False, 1),
 ]
 PLAIN_ON = 1  # so many of them are small enough for the plain search
 SEED = (

@@ -110,8 +110,9 @@ class Space:
     """All states as numbers.
 
     ``situations[s]``: for each page a block, all of one control, no vCPU busy on two pages. State ``base[s] + sum(rank[p] *
-    stride[s, p])`` is the one in which the pair of page p is the rank[p]-th of its block. In the arrays pairs are numbered
-    block by block: ``order[i]`` is the number that `Pairs` gave to pair i, ``place[i]`` goes the other way.
+    strides[p][s])`` is the one in which the pair of page p is the rank[p]-th of its block. In the arrays pairs are numbered
+    block by block: ``order[i]`` is the number that `Pairs` gave to pair i, ``place[i]`` goes the other way. ``lookup`` finds
+    the situation by the sum of the pairs' ``codes``.
     """
 
     def __init__(self, pairs: Pairs) -> None:
@@ -130,10 +131,17 @@ class Space:
         self.blocks = np.array(self.situations)
         sizes = self.size[self.blocks]
         self.base = np.concatenate([[0], np.cumsum(sizes.prod(axis=1))])
-        self.stride = np.cumprod(np.roll(sizes, -1, axis=1)[:, ::-1], axis=1)[:, ::-1] // sizes[:, :1]
-        self.weight = len(gates) ** np.arange(self.pages)
-        self.lookup = np.full((len(controls), len(gates) ** self.pages), -1)
-        self.lookup[self.control[self.blocks[:, 0]], self.gates[self.blocks] @ self.weight] = np.arange(len(sizes))
+        stride = np.cumprod(np.roll(sizes, -1, axis=1)[:, ::-1], axis=1)[:, ::-1] // sizes[:, :1]
+        self.strides = list(np.ascontiguousarray(stride.T))
+        self.firsts = list(np.ascontiguousarray(self.first[self.blocks].T))
+        self.rank = np.arange(len(self.block)) - self.first[self.block]
+        of_control = len(gates) ** self.pages
+        self.codes = [self.gates[self.block] * len(gates) ** page for page in range(self.pages)]
+        self.codes[0] = self.codes[0] + self.control[self.block] * of_control
+        self.lookup = np.full(len(controls) * of_control, -1)
+        self.lookup[sum(codes[firsts] for codes, firsts in zip(self.codes, self.firsts, strict=True))] = np.arange(
+            len(sizes)
+        )
 
     def __len__(self) -> int:
         return int(self.base[-1])
@@ -212,7 +220,7 @@ class Search:
         near: list[list[int]] = []
         far: list[list[tuple[int, int]]] = []
         degree: list[int] = []
-        self.row = np.empty_like(space.blocks)
+        self.row = [np.empty(len(space.situations), np.int64) for _ in range(space.pages)]
         for s, situation in enumerate(space.situations):
             for page, block in enumerate(situation):
                 elsewhere = space.elsewhere(situation, page)
@@ -224,7 +232,7 @@ class Search:
                         near.append(sorted({to - here for step in steps if step not in away for to in step[1:]} - {0}))
                         far.append(sorted(away))
                         degree.append(len(steps))
-                self.row[s, page] = rows[block, elsewhere]
+                self.row[page][s] = rows[block, elsewhere]
         self.degree = np.array(degree)
         self.near = _columns(near, 0)
         self.far = {
@@ -264,24 +272,26 @@ class Search:
     # ---- one level --------------------------------------------------------------------------------------------------
 
     def _take_apart(self, states: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Of each state the situation, and for each page the rank of its pair."""
+        """Of each state, in ascending order, the situation, and for each page the rank of its pair."""
         space = self.space
-        situation = np.searchsorted(space.base, states, side="right") - 1
-        rest, ranks = states - space.base[situation], []
-        for page in range(space.pages - 1):
-            rank, rest = np.divmod(rest, space.stride[:, page].take(situation))
+        counts = np.diff(np.searchsorted(states, space.base))
+        situation = np.repeat(np.arange(len(counts)), counts)
+        rest, ranks = states - space.base.take(situation), []
+        for strides in space.strides[:-1]:
+            stride = strides.take(situation)
+            rank = rest // stride
+            rest = rest - rank * stride
             ranks.append(rank)
         return situation, [*ranks, rest]
 
     def _put_together(self, pairs: list[np.ndarray]) -> np.ndarray:
         """The states that are made of these pairs, one array for each page."""
         space = self.space
-        blocks = [space.block.take(pair) for pair in pairs]
-        code = sum(space.gates.take(block) * weight for block, weight in zip(blocks, space.weight, strict=True))
-        situation = space.lookup[space.control.take(blocks[0]), code]
-        states: np.ndarray = space.base.take(situation)
-        for page, (pair, block) in enumerate(zip(pairs, blocks, strict=True)):
-            states += (pair - space.first.take(block)) * space.stride[:, page].take(situation)
+        code: np.ndarray = sum(codes.take(pair) for codes, pair in zip(space.codes, pairs, strict=True))
+        situation = space.lookup.take(code)
+        states: np.ndarray = space.base.take(situation) + space.rank.take(pairs[-1])
+        for strides, pair in zip(space.strides, pairs[:-1], strict=False):
+            states += space.rank.take(pair) * strides.take(situation)
         return states
 
     def successors(self, states: np.ndarray) -> Iterator[tuple[np.ndarray | slice, np.ndarray]]:
@@ -289,9 +299,9 @@ class Search:
         change may be left out. Adds to ``transitions``."""
         space = self.space
         situation, ranks = self._take_apart(states)
-        pairs = [rank + space.first.take(space.blocks[:, page].take(situation)) for page, rank in enumerate(ranks)]
+        pairs = [rank + firsts.take(situation) for rank, firsts in zip(ranks, space.firsts, strict=True)]
         for page, rank in enumerate(ranks):
-            row, stride = rank + self.row[:, page].take(situation), space.stride[:, page].take(situation)
+            row, stride = rank + self.row[page].take(situation), space.strides[page].take(situation)
             self.transitions += int(self.degree.take(row).sum())
             for column in self.near:  # the situation stays, so the number changes by a multiple of the stride
                 yield slice(None), states + column.take(row) * stride
@@ -356,7 +366,7 @@ class Search:
                 count += new.size
             if progress is not None:
                 progress(number, self.states + count)
-        if count * 50 > len(level):
+        if count * 1000 > len(level):  # else it is not worth while to look through all bytes
             return np.flatnonzero(level == number)
         return np.unique(np.concatenate(met))
 
@@ -364,11 +374,8 @@ class Search:
 
     def shortest_loss(self) -> tuple[Action, ...] | None:
         """The first, in the order of `actions`, of the shortest runs that lose a write; None if no run does."""
-        counted = self.transitions
-        goals = next(
-            (g for n in range(self.depth + 1) if (g := self._losing(np.flatnonzero(self.level == n))).size), None
-        )
-        if goals is None:
+        counted, goals = self.transitions, self._first_lost()
+        if not goals.size:
             return None
         length = int(self.level[goals[0]])
         good = [goals]  # from the end to the start: the states on some shortest run
@@ -387,12 +394,18 @@ class Search:
             trace.append(action)
         return tuple(trace)
 
-    def _losing(self, states: np.ndarray) -> np.ndarray:
-        """Those states in which a write is lost."""
-        situation, ranks = self._take_apart(states)
-        blocks = self.space.blocks[situation]
-        lost = [self.lost.take(rank + self.space.first.take(blocks[:, page])) for page, rank in enumerate(ranks)]
-        return states.compress(np.any(lost, axis=0))
+    def _first_lost(self) -> np.ndarray:
+        """The states in which a write is lost, of the first level that has any."""
+        found = [np.empty(0, np.int64)]
+        for situation, begin, end in zip(self.space.situations, self.space.base, self.space.base[1:], strict=False):
+            if any(self.lost[self.space.block == block].any() for block in situation):
+                states = begin + np.flatnonzero(self.level[begin:end] != UNSEEN)
+                _, ranks = self._take_apart(states)
+                firsts = (self.space.first[block] for block in situation)
+                lost = [self.lost.take(rank + first) for rank, first in zip(ranks, firsts, strict=True)]
+                found.append(states.compress(np.any(lost, axis=0)))
+        states = np.concatenate(found)
+        return states[self.level[states] == self.level[states].min(initial=UNSEEN)]
 
     def actions(self, state: int) -> list[tuple[Action, int]]:
         """The steps possible in one state, and where they lead: vCPUs first, then KVM for them, the host, user space."""

@@ -73,7 +73,7 @@ class Panel(anywidget.AnyWidget):
         return list(itertools.product(*self._options.values()))
 
     def choose(self, **chosen: str) -> str:
-        """Set options by name (``_`` for what is no letter) and return the sentence. KeyError or ValueError for unknown ones."""
+        """Set options by name (``_`` for what is no letter) and return the sentence. KeyError or ValueError if unknown."""
         named = {re.sub(r"\W+", "_", name): name for name in self._options}
         wanted = {named[key]: option for key, option in chosen.items()}
         for name, option in wanted.items():
