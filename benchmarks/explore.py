@@ -9,7 +9,6 @@ interpreter and numpy.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import statistics
@@ -21,8 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.promela import BREADTH_FIRST, FAST, Measured, Verifier, measured, missing
-from kvmbook import Hardware, Kernel
+from kvmbook import FlushPolicy, Hardware, Kernel
+from kvmbook.anynumber import AnyNumber
+from kvmbook.cells import Cells
 from kvmbook.explore import Search, Space, space_of
+from kvmbook.products import count_any_size, count_states
 from kvmbook.schedule import Grain, plain_search, smallest_vm
 
 ROOT = Path(__file__).parent.parent
@@ -97,8 +99,6 @@ def search(space: Callable[[], Space], instance: Instance) -> dict[str, float | 
 
 
 def products(space: Callable[[], Space], instance: Instance) -> dict[str, float | None]:
-    from kvmbook.products import count_states
-
     start = time.perf_counter()
     made = space()
     ready, cpu = time.perf_counter(), time.process_time()
@@ -202,8 +202,7 @@ def table(found: dict[str, list[Found]]) -> None:
 def one_instance(number: int, with_spin: bool) -> None:
     name, instance, loses, rounds = INSTANCES[number]
     sides: Sides = {"search": lambda: ours("search", number)}
-    if importlib.util.find_spec("kvmbook.products") is not None:
-        sides["products"] = lambda: ours("products", number)
+    sides["products"] = lambda: ours("products", number)
     if number < PLAIN_ON:
         sides["plain"] = lambda: ours("plain", number)
     with tempfile.TemporaryDirectory() as directory:
@@ -224,6 +223,49 @@ def one_instance(number: int, with_spin: bool) -> None:
     table(found)
 
 
+def timed(call: Callable[[], object], rounds: int = 5) -> tuple[float, object]:
+    """The median time of a call, and its result."""
+    seconds = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        result = call()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds), result
+
+
+def all_verdicts() -> tuple[float, float]:
+    """Seconds for the verdicts of 4 policies on 5 kinds of hardware: the searches alone, and with what they ask the model."""
+    alone = whole = 0.0
+    for hardware in (EPT, Hardware.ept(), Hardware.ept(pml=True), NPT, Hardware.shadow()):
+        start = time.perf_counter()
+        never = Cells(hardware, Kernel.v5_19.with_(flush=FlushPolicy.NEVER), 1, Grain.FAULT)
+        whole += time.perf_counter() - start
+        for policy in FlushPolicy:
+            start = time.perf_counter()
+            cells = never if policy is FlushPolicy.NEVER else never.with_flush(policy)
+            AnyNumber(cells).search().verdict()
+            again = time.perf_counter()  # now every cell is known
+            AnyNumber(cells).search().verdict()
+            whole, alone = whole + again - start, alone + time.perf_counter() - again
+    return alone, whole
+
+
+def beyond() -> None:
+    """What no search state by state does; medians of five."""
+    print("\nWithout SPIN, medians of 5:")
+    for pages, vcpus, grain in ((3, 2, Grain.FAULT), (4, 2, Grain.FAULT), (4, 1, Grain.STEP)):
+        space = space_of(EPT, Kernel.v5_19, pages, vcpus, grain)
+        seconds, count = timed(lambda space=space: count_states(space))  # type: ignore[misc]
+        rate = count.states / seconds  # type: ignore[attr-defined]
+        name = f"{pages} pages, {vcpus} vCPU(s), cut by {grain.value}"
+        print(f"  {name:36} {count}: {seconds:.3g} s, {rate:,.0f} states/s")
+    seconds, count = timed(lambda: count_any_size(EPT, Kernel.v5_19, 1 << 18))
+    print(f"  {'2^18 pages, 1 vCPU, cut by access':36} {count}: {seconds:.2f} s with the tables")
+    runs = [all_verdicts() for _ in range(5)]
+    searched, whole = (statistics.median(column) for column in zip(*runs, strict=True))
+    print(f"  all verdicts for any number of pages and vCPUs: {searched:.2f} s, with the cells {whole:.2f} s")
+
+
 def seed() -> Measured:
     """A whole process, from the start of the interpreter to the printed trace."""
     return measured([sys.executable, "-c", SEED], ROOT)
@@ -236,6 +278,7 @@ def main() -> None:
     print(f"on one of {os.cpu_count()} cores; x SPIN: SPIN's CPU time at the same task as a multiple of this side's")
     for number in range(len(INSTANCES)):
         one_instance(number, with_spin=not lacks)
+    beyond()
     runs = [seed() for _ in range(5)]
     seconds = statistics.median(run.seconds for run in runs)
     print(f"\nwhole process, from `import kvmbook` to the printed trace of the seed: {seconds:.2f} s, median of 5")

@@ -405,7 +405,8 @@ class Search:
                 lost = [self.lost.take(rank + first) for rank, first in zip(ranks, firsts, strict=True)]
                 found.append(states.compress(np.any(lost, axis=0)))
         states = np.concatenate(found)
-        return states[self.level[states] == self.level[states].min(initial=UNSEEN)]
+        levels = self.level[states]
+        return states.compress(levels == levels.min(initial=UNSEEN))
 
     def actions(self, state: int) -> list[tuple[Action, int]]:
         """The steps possible in one state, and where they lead: vCPUs first, then KVM for them, the host, user space."""
