@@ -26,7 +26,7 @@ CHUNK = 1 << 16  # states handled at once: what they gather stays in the cache
 MOST_STATES = 1 << 32  # one byte each
 
 Situation = tuple[int, ...]  # for each page the block of its pair
-Progress = Callable[[int, int], None]
+Progress = Callable[[int, int, int], None]  # the level, the states met so far, how many there are at most
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def explore(
 
     Bounds: accesses are reads and writes; the host only ages; harvests are KVM_GET_DIRTY_LOG; PML buffers do not fill; the
     fast path tries twice; steps that ``without`` names (`Action.what`, say "ages") are not done. ``progress`` is called now
-    and then with the level and the number of states met so far.
+    and then with the level, the number of states met so far, and a bound of it; `kvmbook.panels.search_progress` is one.
     Raises ValueError for sizes below 1, and, before it searches, for sizes that would need more than 4 GiB.
     """
     space = space_of(hardware, kernel, pages, vcpus, grain, without)
@@ -365,7 +365,7 @@ class Search:
                 met.append(new)
                 count += new.size
             if progress is not None:
-                progress(number, self.states + count)
+                progress(number, self.states + count, len(level))
         if count * 1000 > len(level):  # else it is not worth while to look through all bytes
             return np.flatnonzero(level == number)
         return np.unique(np.concatenate(met))

@@ -9,11 +9,14 @@ from __future__ import annotations
 import itertools
 import pathlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import anywidget
+import ipywidgets as widgets
 import traitlets
+from IPython.display import display
 
 from kvmbook.anynumber import any_number
 from kvmbook.explore import explore
@@ -110,6 +113,23 @@ class Panel(anywidget.AnyWidget):
 def counted(flushes: int) -> str:
     """A number of flushes in words."""
     return f"{('no', 'one', 'two')[flushes]} flush{'es' * (flushes != 1)}"
+
+
+@contextmanager
+def search_progress() -> Iterator[Callable[[int, int, int], None]]:
+    """A progress bar for `kvmbook.explore.explore`, as its ``progress``; it goes when the search ends or is interrupted."""
+    bar = widgets.IntProgress(description="searching")
+    said = widgets.Label()
+    line = widgets.HBox([bar, said])
+    display(line)  # type: ignore[no-untyped-call]
+
+    def show(level: int, states: int, bound: int) -> None:
+        bar.max, bar.value, said.value = bound, states, f"level {level}, {states:,} states of at most {bound:,}"
+
+    try:
+        yield show
+    finally:
+        line.close()
 
 
 # ---- the panels of the book ------------------------------------------------------------------------------------------

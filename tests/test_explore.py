@@ -219,8 +219,9 @@ def test_a_search_that_cannot_fit_says_so_before_it_begins():
 def test_a_search_tells_how_far_it_is_and_can_be_interrupted():
     seen = []
 
-    def stop(level, states):
+    def stop(level, states, bound):
         seen.append((level, states))
+        assert 0 < states <= bound
         if level == 20:
             raise KeyboardInterrupt
 

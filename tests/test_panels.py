@@ -5,11 +5,16 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from kvmbook import FlushPolicy, exercises, figures, scenes
-from kvmbook.panels import Panel, View, lose_a_write, who_flushes_where
+from kvmbook import FlushPolicy, Hardware, Kernel, exercises, figures, scenes
+from kvmbook.explore import explore
+from kvmbook.flush_rules import BitRule, leaves_met
+from kvmbook.panels import Panel, View, lose_a_write, search_progress, who_flushes_where, write_the_rule
+from kvmbook.schedule import Grain
+
+NO_AD = Hardware.ept(ad_bits=False)
 
 
-@pytest.mark.parametrize("make", [lose_a_write, who_flushes_where])
+@pytest.mark.parametrize("make", [lose_a_write, who_flushes_where, write_the_rule])
 def test_every_combination_is_carried_and_agrees_with_a_live_answer(make):
     panel, live = make(), make()
     live.states = {}
@@ -42,6 +47,18 @@ def test_the_plotted_counts_are_the_models():
                     policy is FlushPolicy.IF_CHANGED and ad_bits == "off" and touched != "vCPU 1 writes page 0"
                 )
                 assert scene.missed == 16 * lost, (ad_bits, policy, touched)
+
+
+def test_a_long_search_shows_its_progress_and_leaves_nothing_behind(monkeypatch):
+    shown = []
+    monkeypatch.setattr("kvmbook.panels.display", shown.append)
+    with pytest.raises(KeyboardInterrupt), search_progress() as progress:
+        explore(NO_AD, Kernel.v5_19, 2, 1, Grain.ACCESS, progress=progress)
+        (line,) = shown
+        bar, said = line.children
+        assert said.value == "level 23, 6,972 states of at most 7,658" and bar.value == 6972
+        raise KeyboardInterrupt
+    assert line.comm is None
 
 
 def test_a_panel_that_does_not_carry_its_states_computes_the_chosen_one():
@@ -127,6 +144,40 @@ class Always:
     after_clear_dirty = after_write_protect
 
 
+AGED = [f"{step} page {page}" for step in ("vCPU0 reads", "host ages") for page in (0, 1)]
+ENABLING = [f"user space {name}" for name in (
+    "enables", "kvm_swap_active_memslots", "synchronize_srcu", "kvm_arch_commit_memory_region", "write_protect_tdp",
+    "flush_if_owed", "return_to_user_space",
+)]  # fmt: skip
+WRITES = ["vCPU0 writes page 0", "vCPU0 writes page 1"]
+
+
+def search(hardware=NO_AD, kernel=Kernel.v5_19, flush_young=False, without=("ages",)):
+    kernel = kernel.with_(clear_flush_young_flushes=flush_young)
+    return explore(hardware, kernel, grain=Grain.ACCESS, without=without)
+
+
+def rule(chooses):
+    return BitRule(frozenset(kind for kind in leaves_met(Hardware.npt()) if chooses(kind)))
+
+
+class Both:
+    unconditional = False
+
+    def after_write_protect(self, fmt, old, new, answer):
+        return fmt.is_mmu_writable_spte(old)
+
+    after_clear_dirty = after_write_protect
+
+
+def unlucky(vm):
+    vm.vcpu[0].read(0x200)
+    vm.clear_young(0x200, 0x201)
+    vm.vcpu[1].read(0x200)
+    enable(vm)
+    vm.vcpu[0].write(0x200)
+
+
 @pytest.mark.parametrize(
     ("check", "answer", "said"),
     [
@@ -158,6 +209,37 @@ class Always:
         ("check_08_3", lambda vm: vm.vcpu[0].read(0x200), "No: your run must leave dirty logging enabled"),
         ("check_08_3", lambda vm: [vm.vcpu[0].read(0x200), enable(vm)], "No: nobody writes"),
         ("check_08_3", lambda vm: [enable(vm), vm.vcpu[0].write(0x200)], "No: no write is missed; look at D"),
+        ("check_10_1", "ages", "No: give one step in a list"),
+        ("check_10_1", ("ages", "gets"), "No: give one step in a list"),
+        ("check_10_1", ("writes",), "No: that one must stay"),
+        ("check_10_1", ("flushes",), "No: 'flushes' is none of the steps"),
+        ("check_10_1", ("reads",), "No: a write is still lost"),
+        ("check_10_1", ("ages",), "Yes."),
+        (
+            "check_10_2",
+            ["vCPU0 reads page 2"],
+            "No: step 1, 'vCPU0 reads page 2', is not possible there; possible: vCPU0",
+        ),
+        ("check_10_2", [*AGED, *ENABLING, "vCPU0 writes page 0"], "No: 1 of 2 writes are lost"),
+        ("check_10_2", [*AGED, "vCPU0 forgets page 0", *ENABLING, *WRITES], "No: 1 of 2 writes are lost"),
+        ("check_10_2", [*AGED, *ENABLING, "vCPU0 reads page 0", *WRITES], "No: both are lost, in 14 steps"),
+        ("check_10_2", [*AGED, *ENABLING, *WRITES], "Yes."),
+        ("check_10_3", (search(Hardware.npt()), search(Hardware.npt())), "No: the bug is about CPUs without A/D bits"),
+        ("check_10_3", (search(flush_young=True), search()), "No: both kernels need clear_flush_young_flushes=False"),
+        ("check_10_3", (search(without=()), search()), 'No: leave out "ages"'),
+        ("check_10_3", (search(kernel=Kernel.v6_0), search()), "No: the first result should lose a write"),
+        ("check_10_3", (search(), search(kernel=Kernel.v6_0)), "Yes."),
+        ("check_11_1", FlushPolicy.ALWAYS, "No: give a BitRule"),
+        ("check_11_1", rule(lambda kind: False), "No: a write can be lost"),
+        ("check_11_1", rule(lambda kind: True), "No: it is sound, but 4 of its 8 kinds could be left out"),
+        ("check_11_1", rule(lambda kind: kind.before & 1), "Yes."),
+        ("check_11_2", Both, "No: pass an object"),
+        ("check_11_2", FlushPolicy.ALWAYS, "No: an unconditional rule is sound"),
+        ("check_11_2", FlushPolicy.IF_MMU_WRITABLE, "No: a write can be lost on EPT with A/D bits"),
+        ("check_11_2", Both(), "Yes."),
+        ("check_11_3", lambda vm: enable(vm), "No: no write is missed"),
+        ("check_11_3", lambda vm: setattr(vm, "kernel", Kernel.v6_0), "No: that is another kernel"),
+        ("check_11_3", unlucky, "Yes."),
     ],
 )
 def test_check_cells_answer_wrong_answers_with_a_hint(check, answer, said, capsys):
