@@ -23,6 +23,17 @@ Gates = tuple[tuple[str | None, int] | None, ...]  # for each vCPU the gate of i
 FLUSH, EXIT = 1, 2  # what a step on one page does to all others: nothing (0), a flush, an exit of vCPU v (EXIT + v)
 
 
+# How many pairs one vCPU makes, and how many times as many each further one, as measured; and what a pair takes in memory.
+GROWTH = {Grain.ACCESS: (300, 3.2), Grain.FAULT: (500, 6), Grain.STEP: (1400, 33)}
+MOST_PAIRS, PAIR_BYTES = 100_000, 2000
+
+
+def expected_pairs(grain: Grain, vcpus: int) -> int:
+    """About how many pairs the tables of so many vCPUs have."""
+    one, factor = GROWTH[grain]
+    return round(one * factor ** (vcpus - 1))
+
+
 class Edge(NamedTuple):
     """One step on one page. ``everywhere``: FLUSH, EXIT + v, or 0. ``unless``: a bit set; bit v: vCPU v handles a fault on
     another page; then one bit each for mmu_lock held there for read, and for write."""
@@ -39,6 +50,12 @@ class PageSteps:
     def __init__(self, cells: Cells, vcpus: int) -> None:
         if vcpus < 1:
             raise ValueError(f"a VM needs at least one vCPU; got {vcpus}")
+        if (pairs := expected_pairs(cells.grain, vcpus)) > MOST_PAIRS:
+            fit = next(v for v in range(vcpus, 0, -1) if expected_pairs(cells.grain, v) <= MOST_PAIRS)
+            raise ValueError(
+                f"{vcpus} vCPUs cut by {cells.grain.value} make tables of some {pairs:,} page states, "
+                f"{pairs * PAIR_BYTES / 2**30:,.1f} GiB; {fit} vCPU(s) fit"
+            )
         self.cells = cells
         self.vcpus = vcpus
         self.words, self.views = [BLANK_WORD], [BLANK_VIEW]

@@ -1,6 +1,7 @@
 """The fast searches against the plain one, which drives whole VMs; the golden table; and the two verdicts that surprise."""
 
 import random
+import time
 
 import golden
 import pytest
@@ -214,6 +215,15 @@ def test_a_search_that_cannot_fit_says_so_before_it_begins():
     with pytest.raises(ValueError, match=r"make up to [\d,]{14,} states, .* GiB .*; 3 page\(s\) fit") as refusal:
         explore(HARDWARE["ept_no_ad"], Kernel.v5_19, 4, 2, Grain.FAULT, progress=lambda *seen: said.append(seen))
     assert "kvmbook.products" in str(refusal.value) and not said
+
+
+def test_tables_that_would_take_forever_are_refused_before_they_are_begun():
+    begin = time.perf_counter()
+    with pytest.raises(ValueError, match=r"3 vCPUs cut by step make tables of some 1,524,600 page states, 2.8 GiB; 2 vCPU"):
+        explore(HARDWARE["npt"], Kernel.v6_0, vcpus=3)
+    with pytest.raises(ValueError, match=r"9 vCPUs cut by access .*; 5 vCPU"):
+        explore(HARDWARE["npt"], Kernel.v6_0, vcpus=9, grain=Grain.ACCESS)
+    assert time.perf_counter() - begin < 5
 
 
 def test_a_search_tells_how_far_it_is_and_can_be_interrupted():
