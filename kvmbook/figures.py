@@ -258,14 +258,26 @@ def plot_rules(
     """Draw what flush rules cost: (flushes, writes missed, sound) of each, and the names of a few."""
     for sound, mark, said in ((False, "x", "unsound"), (True, "o", "sound")):
         here = [(flushes, missed) for flushes, missed, is_sound in points if is_sound is sound]
-        colour = LOOK["reported" if sound else "missed"][0]
+        colour = LOOK["reported"][0] if sound else LOST
+        face: dict[str, Any] = {"facecolors": "none", "edgecolors": colour} if sound else {"color": colour}
         xs, ys = [flushes for flushes, _ in here], [missed for _, missed in here]
-        ax.scatter(xs, ys, s=130, marker=mark, color=colour, label=said, linewidths=3, zorder=2)
+        ax.scatter(xs, ys, s=180 if sound else 90, marker=mark, label=said, linewidths=3, zorder=2, **face)
     corners: dict[tuple[int, int], list[str]] = {}
     for name, corner in named.items():
         corners.setdefault(corner, []).append(name)
-    for corner, names in corners.items():
-        ax.annotate(", ".join(names), corner, xytext=(8, 10), textcoords="offset points", fontsize=12)
+    for number, corner in enumerate(
+        sorted(corners, reverse=True)
+    ):  # from the right; each label higher than the one before
+        last = corner == min(corners)
+        ax.annotate(
+            ", ".join(corners[corner]),
+            corner,
+            xytext=(10, 8) if last else (2, 16 + 22 * number),
+            textcoords="offset points",
+            ha="left" if last else "right",
+            arrowprops=None if last else {"arrowstyle": "-", "color": "grey"},
+            fontsize=12,
+        )
     ax.set_title(title, fontsize=14)
     ax.set_xlabel("flushes while enabling", fontsize=14)
     ax.set_ylabel("missed writes", fontsize=14)
