@@ -10,8 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
-from kvmbook.anynumber import AnyNumber
-from kvmbook.cells import Cells
+from kvmbook.arrays import Spte, Truth
 from kvmbook.explore import Result, explore
 from kvmbook.faults import ACCESSES, Outcome
 from kvmbook.flush_rules import BITS, BitRule, leaves_met, sound_rules
@@ -21,6 +20,7 @@ from kvmbook.memory_regions import kvm_mmu_slot_apply_flags
 from kvmbook.memslots import KVM_MEM_LOG_DIRTY_PAGES, Change, MemorySlot
 from kvmbook.scenes import BASE_GFN
 from kvmbook.schedule import Grain, act, possible, smallest_vm
+from kvmbook.spte import SpteFormat
 from kvmbook.vm import Vm
 
 PAGES = 16
@@ -217,7 +217,7 @@ def check_10_1(without: Collection[str]) -> str:
     if name in ("writes", "enables"):
         return "that one must stay: without it nobody writes, or nobody logs"
     if name not in ("reads", "forgets", "ages", "ages and flushes", "gets", "disables"):
-        return f"{name!r} is none of the steps that somebody chooses"
+        return f"{name!r} is none of the steps that somebody chooses; give the name alone, without who and which page"
     if explore(Hardware.ept(ad_bits=False), Kernel.v5_19, vcpus=2, grain=Grain.FAULT, without=without).safe:
         return ""
     return "a write is still lost; which step of the run leaves the TLB stale?"
@@ -226,6 +226,8 @@ def check_10_1(without: Collection[str]) -> str:
 @checker
 def check_10_2(steps: Sequence[str]) -> str:
     """Lose the writes to both pages of a slot, in as few steps as can be."""
+    if isinstance(steps, str):
+        return "give a list of steps"
     vm = smallest_vm(Hardware.ept(ad_bits=False), Kernel.v5_19, pages=2, grain=Grain.ACCESS)
     for number, said in enumerate(steps, 1):
         can = {" ".join(str(action).split()): action for action in possible(vm, Grain.ACCESS)}
@@ -240,6 +242,8 @@ def check_10_2(steps: Sequence[str]) -> str:
 @checker
 def check_10_3(results: tuple[Result, Result]) -> str:
     """Reclaim alone loses a write where clear_flush_young does not flush, unless enabling flushes always."""
+    if not isinstance(results, tuple) or len(results) != 2:
+        return "give two results, the losing one and the safe one"
     losing, safe = results
     for result in (losing, safe):
         if result.hardware.format.kvm_ad_enabled:
@@ -250,10 +254,11 @@ def check_10_3(results: tuple[Result, Result]) -> str:
             return 'leave out "ages", and nothing of "ages and flushes"'
         if {"reads", "writes", "enables"} & result.without:
             return "the guest must be able to read and write, and user space to enable logging"
-    if losing.safe or not safe.safe:
-        return "the first result should lose a write, the second be safe; which flush rule does each kernel have?"
-    if not safe.kernel.flush.unconditional:
-        return "the second kernel should have the patch: Kernel.v6_0"
+    releases = [kernel.with_(clear_flush_young_flushes=False) for kernel in (Kernel.v5_19, Kernel.v6_0)]
+    if [result.kernel for result in (losing, safe)] == releases[::-1]:
+        return "the first result should lose a write, the second be safe; which flush rule does each release have?"
+    if [result.kernel for result in (losing, safe)] != releases:
+        return "change that one switch of Kernel.v5_19 and Kernel.v6_0, and nothing else"
     return ""
 
 
@@ -264,7 +269,7 @@ def check_10_3(results: tuple[Result, Result]) -> str:
 def check_11_1(rule: BitRule) -> str:
     """The cheapest sound rule on AMD."""
     hardware = Hardware.npt()
-    if not isinstance(rule, BitRule):
+    if type(rule) is not BitRule or not isinstance(rule.kinds, frozenset):
         return "give a BitRule(frozenset(...)) of kinds from leaves_met(...)"
     if sound_rules(hardware, [rule]) != [rule]:
         return "a write can be lost under this rule; which kinds of leaf may a TLB still let write?"
@@ -272,18 +277,26 @@ def check_11_1(rule: BitRule) -> str:
     return f"it is sound, but {len(spare)} of its {len(rule.kinds)} kinds could be left out" if spare else ""
 
 
+class WInTheClearDirtyPass:
+    """Asks for MMU-writable where W is taken, and for W where D is cleared."""
+
+    unconditional = False
+
+    def after_write_protect(self, fmt: SpteFormat, old: Spte, new: Spte, answer: Truth) -> Truth:
+        return fmt.is_mmu_writable_spte(old)
+
+    def after_clear_dirty(self, fmt: SpteFormat, old: Spte, new: Spte, answer: Truth) -> Truth:
+        return fmt.is_writable_pte(old)
+
+
 @checker
-def check_11_2(rule: FlushRule) -> str:
-    """A rule that is sound everywhere, and still not unconditional."""
-    if isinstance(rule, type):
-        return "pass an object, MyRule(), not the class"
-    if rule.unconditional:
-        return "an unconditional rule is sound, and was taken; look for one that asks"
-    for hardware in (Hardware.ept(ad_bits=False), Hardware.ept(pml=True), Hardware.npt(), Hardware.shadow()):
-        cells = Cells(hardware, Kernel.v5_19.with_(flush=rule), 1, Grain.FAULT)
-        if not AnyNumber(cells).search(stop_at_loss=True).verdict().safe:
-            return f"a write can be lost on {hardware.name}"
-    return ""
+def check_11_2(run: Run) -> str:
+    """A nested guest that breaks a rule that was sound without one."""
+    kernel = Kernel.v5_19.with_(flush=WInTheClearDirtyPass())
+    vm = Vm(Hardware.ept(pml=True), kernel, vcpus=2, nested="ept without A/D")
+    vm.set_user_memory_region(slot=0, base_gfn=BASE_GFN, npages=PAGES)
+    run(vm)
+    return _lost_while_logging(vm, kernel, "the nested guest's leaves have no A/D bits: what does ageing do to them?")
 
 
 @checker
@@ -295,10 +308,13 @@ def check_11_3(run: Run) -> str:
     vm = Vm(hardware, kernel := Kernel.v5_19.with_(flush=rule), vcpus=2)
     vm.set_user_memory_region(slot=0, base_gfn=BASE_GFN, npages=PAGES)
     run(vm)
+    hint = "which kind of leaf is not in the rule, and how does a page come to look like that?"
+    return _lost_while_logging(vm, kernel, hint)
+
+
+def _lost_while_logging(vm: Vm, kernel: Kernel, hint: str) -> str:
     if vm.kernel is not kernel:
         return "that is another kernel; keep the one you are given"
     if (0, 0) not in vm.memslots.slots or not vm.memslots.slots[0, 0].logs_dirty:
         return "your run must leave dirty logging enabled"
-    if len(vm.missed_dirty(0)):
-        return ""
-    return "no write is missed; which kind of leaf is not in the rule, and how does a page come to look like that?"
+    return "" if len(vm.missed_dirty(0)) else f"no write is missed; {hint}"

@@ -24,12 +24,12 @@ ACTORS = ("vCPU0", "KVM for vCPU0", "host", "user space")
 SENTENCES = {
     "start": "Nothing is lost. Choose a step.",
     "going": "Nothing is lost. Steps so far: {steps}.",
-    "lost": "The write to page 0 is lost: no report will ever name it. Steps so far: {steps}, lost by step {lost}; "
-    "the shortest run that loses a write has {shortest}.",
-    "covered": "Step {lost} lost a write; later steps cover it up. Steps so far: {steps}.",
-    "safe": "No run loses a write: all {states} states were visited.",
+    "lost": "The write to page 0 is lost: no report will name it, unless the page is written again. "
+    "Steps so far: {steps}, lost by step {lost}; the shortest run that loses a write has {shortest}.",
+    "covered": "Step {lost} lost a write; a later write put the page into the log. Steps so far: {steps}.",
+    "safe": "With one page and one vCPU, cut by fault, no run loses a write: all {states} states were visited.",
     "hint": "From here the soonest loss takes {distance} more step(s).",
-    "no hint": "From here no run loses a write.",
+    "no hint": "From here no run of this small VM loses a write.",
 }
 
 

@@ -219,7 +219,9 @@ def test_a_search_that_cannot_fit_says_so_before_it_begins():
 
 def test_tables_that_would_take_forever_are_refused_before_they_are_begun():
     begin = time.perf_counter()
-    with pytest.raises(ValueError, match=r"3 vCPUs cut by step make tables of some 1,524,600 page states, 2.8 GiB; 2 vCPU"):
+    with pytest.raises(
+        ValueError, match=r"3 vCPUs cut by step make tables of some 1,524,600 page states, 2.8 GiB; 2 vCPU"
+    ):
         explore(HARDWARE["npt"], Kernel.v6_0, vcpus=3)
     with pytest.raises(ValueError, match=r"9 vCPUs cut by access .*; 5 vCPU"):
         explore(HARDWARE["npt"], Kernel.v6_0, vcpus=9, grain=Grain.ACCESS)

@@ -66,7 +66,9 @@ def test_two_vcpus_are_worded_as_a_real_vm_is():
 def test_show_me_is_the_shortest_run_and_undo_takes_it_back(panel):
     panel.choose(A_D_bits="off", flush_when_enabling="if changed")
     trace = explore(HARDWARE["off"], Kernel.v5_19, grain=Grain.FAULT).trace
-    assert panel.play().startswith("The write to page 0 is lost: no report will ever name it. Steps so far: 12,")
+    assert panel.play().startswith(
+        "The write to page 0 is lost: no report will name it, unless the page is written again. Steps so far: 12,"
+    )
     assert panel.path == [label(action) for action in trace] and panel.lost
     assert not panel.undo().startswith("The write") and not panel.lost and len(panel.path) == 11
     assert panel.hint() == "Nothing is lost. Steps so far: 11. From here the soonest loss takes 1 more step(s)."
@@ -81,8 +83,11 @@ def test_where_no_run_loses_a_write_the_panel_says_so(panel):
     panel.play()
     assert panel.choose(flush_when_enabling="always") == "Nothing is lost. Choose a step." and panel.path == []
     states = explore(HARDWARE["off"], KERNELS["always"], grain=Grain.FAULT).states
-    assert panel.play() == f"No run loses a write: all {states} states were visited."
-    assert panel.hint().endswith("From here no run loses a write.")
+    assert (
+        panel.play()
+        == f"With one page and one vCPU, cut by fault, no run loses a write: all {states} states were visited."
+    )
+    assert panel.hint().endswith("From here no run of this small VM loses a write.")
 
 
 def test_a_step_that_is_not_possible_is_refused_by_name(panel):
