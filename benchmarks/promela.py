@@ -211,8 +211,8 @@ class Verifier:
         self._compile("depth", FAST)
         self.seconds = time.perf_counter() - start
         self._compile("breadth", BREADTH_FIRST)
-        self.longest = max(10_000, len(space) // 2)  # steps on the stack; 44 bytes each
-        self.hash_bits = max(16, round(math.log2(len(space))))  # a larger hash table is slower: it misses the cache
+        self.longest = max(10_000, space.bound // 2)  # steps on the stack; 44 bytes each
+        self.hash_bits = max(16, round(math.log2(space.bound)))  # a larger hash table is slower: it misses the cache
 
     def _compile(self, name: str, options: Sequence[str]) -> None:
         measured(["cc", *options, "-w", "-o", name, "pan.c"], self.directory)

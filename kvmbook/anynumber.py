@@ -29,14 +29,16 @@ Node = tuple[Control, Word]
 
 @dataclass(frozen=True)
 class Verdict:
-    """``safe``: no write is lost, for any number of pages and vCPUs; ``states``: how many abstract states that rests on."""
+    """``safe``: no write is lost, for any number of pages and vCPUs, runs cut as they were (`Grain`); ``states``: how many
+    abstract states that rests on."""
 
     safe: bool
     states: int
 
 
 def any_number(hardware: Hardware, kernel: Kernel, grain: Grain = Grain.FAULT) -> Verdict:
-    """Can a write be lost in a VM of any size? ValueError for `Grain.STEP`: there are too many kinds of half-done faults."""
+    """Can a write be lost in a VM of any size, runs cut by ``grain``?
+    ValueError for `Grain.STEP`: there are too many kinds of half-done faults."""
     return AnyNumber(Cells(hardware, kernel, 1, grain)).search().verdict()
 
 
@@ -46,6 +48,8 @@ class AnyNumber:
     def __init__(self, cells: Cells) -> None:
         if cells.grain is Grain.STEP:
             raise ValueError("cut by step there are too many kinds of half-done faults; cut by fault or by access")
+        if cells.without:
+            raise ValueError(f"for any number no step is left out; got {', '.join(sorted(cells.without))}")
         self.cells = cells
         self.kinds: list[View] = []
         self.found: dict[Node, int] = {}
@@ -161,6 +165,7 @@ class AnyNumber:
     def _hear(self, control: Control, action: Action, silent: Control, heard: Control, page: Word, sets: int) -> None:
         """Where this page is silent, another may speak: then this one comes to the same, in the control ``spoken``."""
         spoken, pages = self._user.setdefault((control, action), (None, {}))
+        assert heard in (silent, spoken) or spoken is None, "pages disagree on what user space learns"
         if heard != silent and spoken is None:
             self._user[control, action] = spoken, pages = heard, pages
             for other, others in pages.items():

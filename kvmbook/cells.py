@@ -30,7 +30,7 @@ from kvmbook.hardware import Hardware
 from kvmbook.kernel import FlushRule, Kernel
 from kvmbook.machine import Operation, VcpuState
 from kvmbook.memslots import KVM_MEM_LOG_DIRTY_PAGES, MemorySlot
-from kvmbook.schedule import BASE_GFN, Action, Grain, act, possible, smallest_vm
+from kvmbook.schedule import BASE_GFN, Action, Grain, act, possible, smallest_vm, steps_left_out
 from kvmbook.spte import PAGE_SHIFT, PG_LEVEL_4K, SpteFormat
 from kvmbook.tlb import TlbEntry
 from kvmbook.vm import Vm
@@ -48,6 +48,7 @@ def remembered(method: Method) -> Method:
             self._rule.asked = False
             self._known[key] = method(self, *args)
             if self._rule.asked:
+                assert method.__name__ == "user_step", f"{method.__name__} asked the flush rule"
                 self._by_rule.add(key)
         return self._known[key]
 
@@ -188,7 +189,7 @@ class Cells:
             raise ValueError(
                 "without a grace period a fault may hold any slot that ever was; kvmbook.schedule can run that"
             )
-        self.grain, self.without = grain, frozenset(without)
+        self.grain, self.without = Grain(grain), steps_left_out(without)
         self.pages = pages
         self._rule = _Watched(kernel.flush)
         self._by_rule: set[tuple[Any, ...]] = set()  # the steps that asked it

@@ -9,6 +9,7 @@ met. That makes a breadth-first search without a hash table, whose every level i
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
@@ -23,7 +24,8 @@ from kvmbook.vm import Vm
 
 UNSEEN = 255
 CHUNK = 1 << 16  # states handled at once: what they gather stays in the cache
-MOST_STATES = 1 << 32  # one byte each
+SCAN = 1 << 24  # bytes looked through at once
+MOST_STATES = 1 << 31  # one byte each, and in the worst level seen about as much again
 
 Situation = tuple[int, ...]  # for each page the block of its pair
 Progress = Callable[[int, int, int], None]  # the level, the states met so far, how many there are at most
@@ -83,15 +85,12 @@ def explore(
     Raises ValueError for sizes below 1, and, before it searches, for sizes that would need more than 4 GiB.
     """
     space = space_of(hardware, kernel, pages, vcpus, grain, without)
-    if len(space) > MOST_STATES:
-        fits = next(
-            p
-            for p in range(pages - 1, 0, -1)
-            if len(space_of(hardware, kernel, p, vcpus, grain, without)) <= MOST_STATES
-        )
+    if space.bound > MOST_STATES:
+        smaller = (space_of(hardware, kernel, p, vcpus, grain, without).bound for p in range(1, pages))
+        fit = sum(1 for _ in itertools.takewhile(lambda bound: bound <= MOST_STATES, smaller))
         raise ValueError(
-            f"{pages} pages and {vcpus} vCPUs make up to {len(space):,} states, {len(space) / 2**30:,.1f} GiB at one byte "
-            f"each; {fits} page(s) fit. kvmbook.products counts them without visiting them"
+            f"{pages} pages and {vcpus} vCPUs make up to {space.bound:,} states, {space.bound / 2**30:,.1f} GiB at one byte "
+            f"each, and as much again at work; {fit} page(s) fit. kvmbook.products counts them without visiting them"
         )
     search = Search(space)
     search.run(progress)
@@ -112,7 +111,8 @@ class Space:
     ``situations[s]``: for each page a block, all of one control, no vCPU busy on two pages. State ``base[s] + sum(rank[p] *
     strides[p][s])`` is the one in which the pair of page p is the rank[p]-th of its block. In the arrays pairs are numbered
     block by block: ``order[i]`` is the number that `Pairs` gave to pair i, ``place[i]`` goes the other way. ``lookup`` finds
-    the situation by the sum of the pairs' ``codes``.
+    the situation by the sum of the pairs' ``codes``. Only if there are no more than `MOST_STATES`: ``bound`` says how many
+    numbers it takes.
     """
 
     def __init__(self, pairs: Pairs) -> None:
@@ -130,21 +130,23 @@ class Space:
         self.situations = self._reachable_situations()
         self.blocks = np.array(self.situations)
         sizes = self.size[self.blocks]
+        self.bound = sum(math.prod(row) for row in sizes.tolist())  # python's ints: it may be a large number
+        if self.bound <= MOST_STATES:
+            self._number_states(sizes, len(controls), len(gates))
+
+    def _number_states(self, sizes: np.ndarray, controls: int, gates: int) -> None:
         self.base = np.concatenate([[0], np.cumsum(sizes.prod(axis=1))])
         stride = np.cumprod(np.roll(sizes, -1, axis=1)[:, ::-1], axis=1)[:, ::-1] // sizes[:, :1]
         self.strides = list(np.ascontiguousarray(stride.T))
         self.firsts = list(np.ascontiguousarray(self.first[self.blocks].T))
         self.rank = np.arange(len(self.block)) - self.first[self.block]
-        of_control = len(gates) ** self.pages
-        self.codes = [self.gates[self.block] * len(gates) ** page for page in range(self.pages)]
+        of_control = gates**self.pages
+        self.codes = [self.gates[self.block] * gates**page for page in range(self.pages)]
         self.codes[0] = self.codes[0] + self.control[self.block] * of_control
-        self.lookup = np.full(len(controls) * of_control, -1)
+        self.lookup = np.full(controls * of_control, -1)
         self.lookup[sum(codes[firsts] for codes, firsts in zip(self.codes, self.firsts, strict=True))] = np.arange(
             len(sizes)
         )
-
-    def __len__(self) -> int:
-        return int(self.base[-1])
 
     def elsewhere(self, situation: Situation, page: int) -> int:
         """What goes on on the pages other than ``page``, as `Edge.unless` counts it."""
@@ -344,7 +346,7 @@ class Search:
 
     def run(self, progress: Progress | None = None) -> None:
         """Visit all states. What it finds is in this object alone: it can be interrupted at any time."""
-        self.level = np.full(len(self.space), UNSEEN, np.uint8)
+        self.level = np.full(self.space.bound, UNSEEN, np.uint8)
         self.transitions, self.states, self.depth = 0, 0, 0
         frontier = self._put_together([self.space.place[:1]] * self.space.pages)
         self.level[frontier] = 0
@@ -355,20 +357,23 @@ class Search:
 
     def _next(self, frontier: np.ndarray, progress: Progress | None) -> np.ndarray:
         """The states that are first met from these, in ascending order, so that gathers go through memory in order too."""
-        level, number, met, count = self.level, self.depth + 1, [], 0
+        level, number, count = self.level, self.depth + 1, 0
+        met: list[np.ndarray] = []
         if number == UNSEEN:
             raise ValueError(f"a run of {UNSEEN} steps: one byte is too small for the level of a state")
         for begin in range(0, frontier.size, CHUNK):
             for _, after in self.successors(frontier[begin : begin + CHUNK]):
                 new = after.compress(level.take(after) == UNSEEN)
                 level[new] = number
-                met.append(new)
                 count += new.size
+                if count * 1000 < len(level):
+                    met.append(new)
             if progress is not None:
                 progress(number, self.states + count, len(level))
-        if count * 1000 > len(level):  # else it is not worth while to look through all bytes
-            return np.flatnonzero(level == number)
-        return np.unique(np.concatenate(met))
+        if count * 1000 < len(level):  # so few that it is not worth while to look through all bytes
+            return np.unique(np.concatenate([*met, frontier[:0]]))
+        parts = range(0, len(level), SCAN)
+        return np.concatenate([begin + np.flatnonzero(level[begin : begin + SCAN] == number) for begin in parts])
 
     # ---- a shortest run ---------------------------------------------------------------------------------------------
 

@@ -90,9 +90,13 @@ class _Recorder:
     kinds: dict[Leaf, bool] = field(default_factory=dict)
 
     def _note(self, fmt: SpteFormat, old: Spte, new: Spte, says: Truth) -> Truth:
+        if self.rule.unconditional:
+            raise ValueError("an unconditional rule is not one over bits: it also flushes where the pass meets no leaf")
         befores, afters = np.atleast_1d(bits_of(fmt, old)), np.atleast_1d(bits_of(fmt, new))
         for before, after, yes in zip(befores, afters, np.atleast_1d(says), strict=True):
-            self.kinds[Leaf(int(before), int(after))] = bool(yes)
+            leaf = Leaf(int(before), int(after))
+            if self.kinds.setdefault(leaf, bool(yes)) != bool(yes):
+                raise ValueError(f"the rule says yes and no to [{leaf}]: it looks at more than these bits")
         return says & False
 
     def after_write_protect(self, fmt: SpteFormat, old: Spte, new: Spte, answer: Truth) -> Truth:
@@ -103,7 +107,8 @@ class _Recorder:
 
 
 def as_bits(hardware: Hardware, rule: FlushRule) -> BitRule:
-    """The same rule as a set of kinds of leaf, of those that the passes can meet on this hardware."""
+    """The same rule as a set of kinds of leaf, of those that the passes can meet on this hardware.
+    ValueError if it is none: unconditional, or with an eye for more than `BITS`."""
     recorder = _Recorder(rule)
     AnyNumber(Cells(hardware, Kernel.v5_19.with_(flush=recorder), 1, Grain.FAULT)).search()
     return BitRule(frozenset(kind for kind, yes in recorder.kinds.items() if yes))

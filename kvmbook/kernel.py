@@ -20,6 +20,7 @@ class FlushRule(Protocol):
 
     The enabling pass shows each present leaf that it visits: the SPTE before and after, and the answer of the helper
     that changed it (does it ask for a flush). Words may be arrays. A pass that met one "yes" flushes after unlocking.
+    A rule judges each leaf on its own, by its bits and not by its frame; the searches of this book rely on that.
     """
 
     @property

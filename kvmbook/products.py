@@ -12,6 +12,7 @@ A set of pairs of one control is an int: bit i for the i-th of them.
 from __future__ import annotations
 
 import itertools
+import operator
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from kvmbook.cells import Cells, Control
 from kvmbook.explore import Situation, Space
 from kvmbook.hardware import Hardware
 from kvmbook.kernel import Kernel
+from kvmbook.memslots import KVM_MEM_MAX_NR_PAGES
 from kvmbook.schedule import Grain
 from kvmbook.tables import EXIT, PageSteps, Pair, Pairs, UserSteps
 
@@ -61,8 +63,9 @@ def pages_seen(space: Space) -> set[Pair]:
 def count_any_size(hardware: Hardware, kernel: Kernel, pages: int, vcpus: int = 1) -> Count:
     """The same for a slot of any number of ``pages``, 2^18 of them say, cut by access (`Grain.ACCESS`).
     ValueError with PML, where the buffer of a vCPU ties pages together in more ways than this form can say."""
-    if pages < 1:
-        raise ValueError(f"a slot has at least one page; got {pages}")
+    pages = operator.index(pages)
+    if not 1 <= pages <= KVM_MEM_MAX_NR_PAGES:
+        raise ValueError(f"a slot has at least one page, and at most {KVM_MEM_MAX_NR_PAGES}; got {pages}")
     crowds = _Crowds(Pairs(PageSteps(Cells(hardware, kernel, min(pages, 2), Grain.ACCESS), vcpus)), pages)
     return crowds.search().count()
 
@@ -332,9 +335,9 @@ class _Crowds:
 
     def _add(self, control: Control, every: int, witnesses: list[int]) -> None:
         every = self.sets.reached(control, 0, every)
-        some = tuple(sorted(w for these in witnesses if (w := self.sets.reached(control, 0, these)) != every))
-        if len(some) > self.pages:
+        if len(witnesses) > self.pages:
             return
+        some = tuple(sorted(w for these in witnesses if (w := self.sets.reached(control, 0, these)) != every))
         crowd, found = (every, some), self.found[control]
         if not any(_within(crowd, other) for other in found):
             found[:] = [other for other in found if not _within(other, crowd)] + [crowd]

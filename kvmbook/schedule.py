@@ -7,6 +7,7 @@ does one. The scheduler panel, the plain search below and the fast one in `kvmbo
 from __future__ import annotations
 
 import itertools
+import operator
 from collections import deque
 from collections.abc import Collection, Hashable, Iterable
 from dataclasses import dataclass
@@ -52,7 +53,10 @@ class Action(NamedTuple):
 
 def smallest_vm(hardware: Hardware, kernel: Kernel, pages: int = 1, vcpus: int = 1, grain: Grain = Grain.STEP) -> Vm:
     """A VM with slot 0 of ``pages`` pages, not logging, nothing mapped yet but the tables above.
-    ValueError for sizes below 1 or more than 64 pages (one word of the bitmap)."""
+    ValueError for sizes below 1, more than 64 pages (one word of the bitmap), or a PML buffer that they could fill."""
+    if 0 < hardware.pml_entries < 64:
+        raise ValueError(f"a PML buffer of {hardware.pml_entries} entries could fill; here it needs 64 or more")
+    pages, vcpus, grain = operator.index(pages), operator.index(vcpus), Grain(grain)
     if not 1 <= pages <= 64:
         raise ValueError(f"a slot to search has 1 to 64 pages; got {pages}")
     vm = Vm(hardware, kernel, vcpus, eager_page_split=False)
@@ -63,6 +67,19 @@ def smallest_vm(hardware: Hardware, kernel: Kernel, pages: int = 1, vcpus: int =
     vm.page_tables.descend(vm.l1_root, BASE_GFN, PG_LEVEL_4K)
     forget_history(vm)
     return vm
+
+
+CHOICES = ("reads", "writes", "forgets", "exits", "ages", "ages and flushes", "enables", "disables", "gets")
+
+
+def steps_left_out(without: Collection[str]) -> frozenset[str]:
+    """The steps that a search is told to leave out. TypeError for one string, ValueError for names that are no choice of
+    somebody's: steps of an operation under way cannot be left out."""
+    if isinstance(without, str):
+        raise TypeError(f"steps to leave out come as a list or tuple; got the string {without!r}")
+    if unknown := sorted(set(without) - set(CHOICES)):
+        raise ValueError(f"steps that can be left out are {', '.join(CHOICES)}; got {', '.join(map(repr, unknown))}")
+    return frozenset(without)
 
 
 def possible(vm: Vm, grain: Grain = Grain.STEP, without: Collection[str] = ()) -> list[Action]:
@@ -196,6 +213,7 @@ class Reach:
 def plain_search(vm: Vm, grain: Grain = Grain.STEP, without: Collection[str] = (), max_states: int = 200_000) -> Reach:
     """Visit all runs from ``vm`` breadth first, some 3,000 transitions a second: the reference for every faster engine.
     It knows no rules, it only asks the model. Raises MemoryError beyond ``max_states`` states."""
+    without = steps_left_out(without)
     came_from: dict[Hashable, tuple[Hashable, Action] | None] = {vm.state(): None}
     queue, transitions, depth = deque([(vm, vm.state(), 0)]), 0, 0
     loss: Hashable = None

@@ -10,6 +10,7 @@ Pairs that agree in the control and in which faults are under way (their *gates*
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -31,7 +32,7 @@ MOST_PAIRS, PAIR_BYTES = 100_000, 2000
 def expected_pairs(grain: Grain, vcpus: int) -> int:
     """About how many pairs the tables of so many vCPUs have."""
     one, factor = GROWTH[grain]
-    return round(one * factor ** (vcpus - 1))
+    return round(one * factor ** min(vcpus - 1, 50))
 
 
 class Edge(NamedTuple):
@@ -51,7 +52,7 @@ class PageSteps:
         if vcpus < 1:
             raise ValueError(f"a VM needs at least one vCPU; got {vcpus}")
         if (pairs := expected_pairs(cells.grain, vcpus)) > MOST_PAIRS:
-            fit = next(v for v in range(vcpus, 0, -1) if expected_pairs(cells.grain, v) <= MOST_PAIRS)
+            fit = next(v for v in itertools.count(1) if expected_pairs(cells.grain, v + 1) > MOST_PAIRS)
             raise ValueError(
                 f"{vcpus} vCPUs cut by {cells.grain.value} make tables of some {pairs:,} page states, "
                 f"{pairs * PAIR_BYTES / 2**30:,.1f} GiB; {fit} vCPU(s) fit"
@@ -229,6 +230,8 @@ class Pairs:
         """The number of a pair, a new one if it was not found before."""
         number = self.number.setdefault((control, page), len(self.pairs))
         if number == len(self.pairs):
+            if number == 2 * MOST_PAIRS:  # that was more than expected
+                raise ValueError(f"more than {number:,} page states for {self.vcpus} vCPUs: the tables do not fit")
             self.pairs.append((control, page))
             key = control, self.steps.gates(page)
             self.block.append(self._block_number.setdefault(key, len(self.blocks)))

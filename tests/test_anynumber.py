@@ -49,7 +49,8 @@ def test_every_page_of_a_small_vm_is_in_the_abstraction():
     """That is what "safe for any number" rests on."""
     for grain, names, sizes in (
         (Grain.ACCESS, ("ept_no_ad", "npt", "pml"), [(pages, vcpus) for pages in (1, 2, 3, 4) for vcpus in (1, 2)]),
-        (Grain.FAULT, ("ept_no_ad_legacy", "pml"), [(1, 1), (1, 2), (2, 2), (3, 1), (4, 1)]),
+        (Grain.FAULT, ("ept_no_ad_legacy", "pml", "npt"), [(1, 1), (1, 2), (2, 2), (3, 1), (4, 1)]),
+        (Grain.FAULT, ("ept_no_ad",), [(1, 3), (2, 3)]),
     ):
         for name in names:
             everything = abstract(name, FlushPolicy.IF_CHANGED, grain, 99)
@@ -72,7 +73,7 @@ def test_four_vcpus_add_nothing():
 
 
 @pytest.mark.parametrize("policy", FlushPolicy)
-@pytest.mark.parametrize("name", ["ept_no_ad", "npt", "pml"])
+@pytest.mark.parametrize("name", ["ept_no_ad", "ept_ad", "npt", "pml", "shadow"])
 def test_each_verdict_that_loses_comes_with_a_run(name, policy):
     kernel = Kernel.v5_19.with_(flush=policy)
     assert any_number(HARDWARE[name], kernel).safe == explore(HARDWARE[name], kernel, 1, 2, Grain.FAULT).safe
@@ -104,6 +105,11 @@ def test_one_step_of_a_rule_is_asked_of_words_and_of_arrays():
 def test_the_passes_meet_only_a_few_kinds_of_leaf(name, kinds):
     met = leaves_met(HARDWARE[name])
     assert len(met) == kinds and all(leaf.before & 1 << BITS.index("MW") for leaf in met)
+
+
+def test_what_is_no_rule_over_bits_is_told():
+    with pytest.raises(ValueError, match="an unconditional rule is not one over bits"):
+        as_bits(HARDWARE["npt"], FlushPolicy.ALWAYS)
 
 
 @pytest.mark.parametrize("name", ["ept_no_ad", "pml"])
