@@ -1,10 +1,10 @@
-"""One page with the views of all vCPUs, as numbers: the tables that the fast searches gather from.
+"""One page with the views of all vCPUs: the tables that the fast searches stand on.
 
 A *pair* is a control and one page's state, (word, views). From the start all pairs are found that a page can get into,
 whatever other pages do meanwhile: they may make a flush, have a harvest find something, keep a vCPU or a lock busy, and
 nothing else. So the search of a larger VM needs no more than these pairs, one for each page.
 
-Pairs that agree in the control and in which faults are under way (their *gates*) form a block of consecutive numbers.
+Pairs that agree in the control and in which faults are under way (their *gates*) form a *block*.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ Page = tuple[int, ...]  # the number of a word, then of one view for each vCPU
 Gates = tuple[tuple[str | None, int] | None, ...]  # for each vCPU the gate of its fault on a page, if there is one
 FLUSH, EXIT = 1, 2  # what a step on one page does to all others: nothing (0), a flush, an exit of vCPU v (EXIT + v)
 
-
 # How many pairs one vCPU makes, and how many times as many each further one, as measured; and what a pair takes in memory.
 GROWTH = {Grain.ACCESS: (300, 3.2), Grain.FAULT: (500, 6), Grain.STEP: (1400, 33)}
 MOST_PAIRS, PAIR_BYTES = 100_000, 2000
@@ -36,7 +35,8 @@ def expected_pairs(grain: Grain, vcpus: int) -> int:
 
 
 class Edge(NamedTuple):
-    """One step on one page. ``everywhere``: FLUSH, EXIT + v, or 0. ``unless``: a bit set; bit v: vCPU v handles a fault on
+    """One step on one page. ``everywhere``: FLUSH, EXIT + v, or 0 (a step that does both counts as a flush: a vCPU that
+    handles a fault has left the guest, so its PML buffer is empty). ``unless``: a bit set; bit v: vCPU v handles a fault on
     another page; then one bit each for mmu_lock held there for read, and for write."""
 
     action: Action
@@ -72,6 +72,7 @@ class PageSteps:
         return other
 
     def page(self, word: Word, views: list[View]) -> Page:
+        """The numbers of these parts; new parts get the next ones."""
         if word not in self._word_number:
             self._word_number[word] = len(self.words)
             self.words.append(word)
@@ -82,9 +83,11 @@ class PageSteps:
         return (self._word_number[word], *(self._view_number[view] for view in views))
 
     def parts(self, page: Page) -> tuple[Word, list[View]]:
+        """What these numbers stand for."""
         return self.words[page[0]], [self.views[number] for number in page[1:]]
 
     def gates(self, page: Page) -> Gates:
+        """What others may have to wait for."""
         faults = (self.views[number].fault for number in page[1:])
         return tuple(fault.gate if fault is not None else None for fault in faults)
 
@@ -109,10 +112,10 @@ class PageSteps:
 
     def _find_edges(self, calm: Control, page: Page) -> Iterator[Edge]:
         word, views = self.parts(page)
-        held = {fault.lock: v for v, view in enumerate(views) if (fault := view.fault) is not None and fault.lock}
+        held = [(v, fault.lock) for v, view in enumerate(views) if (fault := view.fault) is not None and fault.lock]
         for v, view in enumerate(views):
             waits = sum(self.locks[lock] for lock in self.locks if view.fault and self.cells.waits(view.fault, lock))
-            if any(self.locks[lock] & waits for lock, holder in held.items() if holder != v):
+            if any(self.locks[lock] & waits for holder, lock in held if holder != v):
                 continue
             for action, step in self.cells.vcpu_step(calm, word, view).items():
                 starts = view.fault is None and action.what != "forgets"
