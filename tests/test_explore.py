@@ -61,8 +61,9 @@ def test_two_pages_equal_the_plain_search(name):
     compare(name, "IF_CHANGED", 2, 1, Grain.ACCESS, without=LITTLE)
 
 
-def test_two_of_both_equal_the_plain_search():
-    compare("npt", "ALWAYS", 2, 2, Grain.ACCESS, without=(*LITTLE, "ages"))
+@pytest.mark.parametrize("name", ["ept_no_ad", "npt", "shadow"])
+def test_two_of_both_equal_the_plain_search(name):
+    compare(name, "IF_CHANGED", 2, 2, Grain.ACCESS, without=(*LITTLE, "reads"))
 
 
 def number(space, search, vm):
