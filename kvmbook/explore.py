@@ -115,8 +115,11 @@ class Space:
     numbers it takes.
     """
 
-    def __init__(self, pairs: Pairs) -> None:
-        self.pairs, self.pages = pairs, pairs.cells.pages
+    def __init__(self, pairs: Pairs, pages: int | None = None) -> None:
+        """``pages``: fewer than the pairs were found for, where nothing tells pages apart (not cut by step)."""
+        self.pairs, self.pages = pairs, pages or pairs.cells.pages
+        if self.pages != pairs.cells.pages and len(pairs.numbers) > 1:
+            raise ValueError(f"cut by step, pairs of {pairs.cells.pages} pages do not serve {self.pages}")
         self.order = np.argsort(np.array(pairs.block), kind="stable")
         self.place = np.argsort(self.order)
         self.block = np.array(pairs.block)[self.order]
