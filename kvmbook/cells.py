@@ -129,7 +129,7 @@ class Control(NamedTuple):
 
 def control_of(vm: Vm) -> Control:
     """The control that a VM is in."""
-    operation, said = _operation_of(vm), None
+    operation, said = ioctl_of(vm), None
     if operation is not None:
         learned = [getattr(operation, name, None) for name in ("flush", "cursor")]
         words = tuple(getattr(operation, "words", ()))
@@ -140,7 +140,7 @@ def control_of(vm: Vm) -> Control:
 def word_of(vm: Vm, page: int = 0) -> Word:
     """The word of one of its pages."""
     gfn, slot = BASE_GFN + page, vm.memslots.slots[0, 0]
-    taken = gfn in getattr(_operation_of(vm), "taken", ())
+    taken = gfn in getattr(ioctl_of(vm), "taken", ())
     return Word(_moved(vm.spte(gfn), -page), slot.test_bit(gfn), taken, gfn in vm.written)
 
 
@@ -160,7 +160,8 @@ def _moved(spte: int, pages: int) -> int:
     return spte and spte + (pages << PAGE_SHIFT)
 
 
-def _operation_of(vm: Vm) -> Operation | None:
+def ioctl_of(vm: Vm) -> Operation | None:
+    """User space's ioctl under way, if there is one."""
     return next((op for op in vm.in_flight if op.needs_slots_lock), None)
 
 
@@ -216,7 +217,7 @@ class Cells:
         """The control of the VM as it is now; remembers how to make it again."""
         control = control_of(self._vm)
         if control not in self._exemplars:
-            self._exemplars[control] = self._vm.memslots.slots[0, 0], _independent(_operation_of(self._vm))
+            self._exemplars[control] = self._vm.memslots.slots[0, 0], _independent(ioctl_of(self._vm))
         return control
 
     def calm(self, control: Control) -> Control:

@@ -159,19 +159,20 @@ class Space:
             together |= mask
         return together
 
-    def user_waits(self, situation: Situation) -> bool:
-        """Whether user space must wait for a fault."""
-        return any(self.pairs.holds_up_user[block] for block in situation)
+    def may_exit(self, situation: Situation, vcpu: int) -> bool:
+        """Whether a vCPU is in the guest and could leave it, with an effect on some page."""
+        busy = any(self.busy[block] >> vcpu & 1 for block in situation)
+        return not busy and EXIT + vcpu not in self.pairs.quiet and "exits" not in self.pairs.cells.without
 
     def users(self, situation: Situation) -> list[UserSteps]:
-        """What user space could do next."""
-        return [] if self.user_waits(situation) else self.pairs.users[self.pairs.blocks[situation[0]][0]]
+        """What user space could do next; nothing while it must wait for a fault."""
+        waits = any(self.pairs.holds_up_user[block] for block in situation)
+        return [] if waits else self.pairs.users[self.pairs.blocks[situation[0]][0]]
 
     def _reachable_situations(self) -> list[Situation]:
         pairs = self.pairs
-        ways: list[set[tuple[int, int]]] = [
-            set() for _ in pairs.blocks
-        ]  # steps from block to block, with their conditions
+        # steps from block to block, with their conditions
+        ways: list[set[tuple[int, int]]] = [set() for _ in pairs.blocks]
         for number, edges in enumerate(pairs.edges):
             control = pairs.pairs[number][0]
             ways[pairs.block[number]] |= {(pairs.block_of(control, edge.page), edge.unless) for edge in edges}
@@ -204,15 +205,10 @@ class Search:
         self.space = space
         pairs, place = space.pairs, space.place
         self.everywhere = {what: place[np.array(to)[space.order]] for what, to in pairs.everywhere.items()}
-        unchanged = np.arange(len(place))
-        self.quiet = {what for what, to in self.everywhere.items() if np.array_equal(to, unchanged)}
         self.lost = np.array([pairs.steps.lost(*pair) for pair in pairs.pairs])[space.order]
         self._rows_of_edges()
         self._columns_of_user_steps()
-        self.idle = np.array([[not self._busy(s, v) for v in range(pairs.vcpus)] for s in space.situations])
-
-    def _busy(self, situation: Situation, vcpu: int) -> bool:
-        return any(self.space.busy[block] >> vcpu & 1 for block in situation)
+        self.may_exit = np.array([[space.may_exit(s, v) for v in range(pairs.vcpus)] for s in space.situations])
 
     # ---- tables to gather from --------------------------------------------------------------------------------------
 
@@ -250,8 +246,7 @@ class Search:
         edges: list[list[tuple[int, int, int]]] = [[]] * len(place)
         for number, (control, _) in enumerate(pairs.pairs):
             edges[place[number]] = [
-                (0 if e.everywhere in self.quiet else e.everywhere, place[pairs.number[control, e.page]], e.unless)
-                for e in pairs.edges[number]
+                (e.everywhere, place[pairs.number[control, e.page]], e.unless) for e in pairs.edges[number]
             ]
         return edges
 
@@ -326,10 +321,10 @@ class Search:
     def _exits(self, situation: np.ndarray, pairs: list[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """A vCPU in the guest whose PML buffer holds some page leaves it."""
         for vcpu in range(self.space.pairs.vcpus):
-            drained = self.everywhere[EXIT + vcpu]
-            if EXIT + vcpu not in self.quiet and "exits" not in self.space.pairs.cells.without:
+            if self.may_exit[:, vcpu].any():
+                drained = self.everywhere[EXIT + vcpu]
                 changes = np.any([drained.take(pair) != pair for pair in pairs], axis=0)
-                which = np.flatnonzero(changes & self.idle[:, vcpu].take(situation))
+                which = np.flatnonzero(changes & self.may_exit[:, vcpu].take(situation))
                 self.transitions += which.size
                 yield which, self._put_together([drained.take(pair.take(which)) for pair in pairs])
 
@@ -416,12 +411,20 @@ class Search:
         levels = self.level[states]
         return states.compress(levels == levels.min(initial=UNSEEN))
 
+    def pairs_in(self, state: int) -> list[int]:
+        """For each page of one state the number of its pair, as in `Pairs`."""
+        situation, ranks = self._take_apart(np.array([state]))
+        firsts = (firsts[situation] for firsts in self.space.firsts)
+        return [int(self.space.order[rank + first][0]) for rank, first in zip(ranks, firsts, strict=True)]
+
+    def state_of(self, pairs: list[int]) -> int:
+        """The state that is made of these pairs, one for each page."""
+        return int(self._put_together([self.space.place[[pair]] for pair in pairs])[0])
+
     def actions(self, state: int) -> list[tuple[Action, int]]:
         """The steps possible in one state, and where they lead: vCPUs first, then KVM for them, the host, user space."""
-        space, pairs = self.space, self.space.pairs
-        number, ranks = self._take_apart(np.array([state]))
-        situation = space.situations[number[0]]
-        here = [int(space.order[space.first[block] + rank[0]]) for block, rank in zip(situation, ranks, strict=True)]
+        space, pairs, here = self.space, self.space.pairs, self.pairs_in(state)
+        situation = tuple(pairs.block[pair] for pair in here)
         control = pairs.pairs[here[0]][0]
         steps: list[tuple[Action, list[int]]] = []
         for page, pair in enumerate(here):
@@ -433,13 +436,12 @@ class Search:
                     steps.append((named, after))
         for vcpu in range(pairs.vcpus):
             drained = [pairs.everywhere[EXIT + vcpu][pair] for pair in here]
-            if drained != here and "exits" not in pairs.cells.without and not self._busy(situation, vcpu):
+            if drained != here and space.may_exit(situation, vcpu):
                 steps.append((Action(f"vCPU{vcpu}", "exits"), drained))
         steps.sort(key=lambda step: ["vCPU", "KVM ", "host"].index(step[0].who[:4]))
         for user in space.users(situation):
             steps.append((user.action, self._after_user(user, here)))
-        numbers = (self._put_together([space.place[[pair]] for pair in after]) for _, after in steps)
-        return [(action, int(after[0])) for (action, _), after in zip(steps, numbers, strict=True)]
+        return [(action, self.state_of(after)) for action, after in steps]
 
     def _after_user(self, user: UserSteps, here: list[int]) -> list[int]:
         becomes = [user.becomes[page % len(user.becomes)][pair] for page, pair in enumerate(here)]

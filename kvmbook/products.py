@@ -97,7 +97,6 @@ class PairSets:
             self.within[block] |= self.bit[number]
         for block, (control, _) in enumerate(pairs.blocks):
             self.blocks[control].append(block)
-        self.quiet = {what for what, to in pairs.everywhere.items() if to == list(range(len(pairs.pairs)))}
         self._tables: dict[object, list[int]] = {}
         self._known: dict[object, int] = {}
 
@@ -119,8 +118,7 @@ class PairSets:
                     {
                         self.bit[self.pairs.number[control, edge.page]]
                         for edge in self.pairs.edges[number]
-                        if not edge.unless & elsewhere
-                        and (0 if edge.everywhere in self.quiet else edge.everywhere) == what
+                        if edge.everywhere == what and not edge.unless & elsewhere
                     }
                 )
                 for number in self.members[control]
@@ -247,8 +245,7 @@ class _Boxes:
     def _exits(self, situation: Situation, box: Box) -> Iterator[tuple[Situation, Box]]:
         control = self._control(situation)
         for vcpu in range(self.space.pairs.vcpus):
-            busy = any(self.space.busy[block] >> vcpu & 1 for block in situation)
-            if EXIT + vcpu not in self.sets.quiet and not busy and "exits" not in self.space.pairs.cells.without:
+            if self.space.may_exit(situation, vcpu):
                 yield situation, tuple(self.sets.everywhere(control, EXIT + vcpu, these) for these in box)
 
     def _by_user(self, situation: Situation, box: Box) -> Iterator[tuple[Situation, Box]]:
@@ -321,7 +318,7 @@ class _Crowds:
         self.pairs, self.pages, self.sets = pairs, pages, PairSets(pairs)
         self.found: dict[Control, list[Crowd]] = defaultdict(list)
         self._todo: list[tuple[Control, Crowd]] = []
-        if any(EXIT + vcpu not in self.sets.quiet for vcpu in range(pairs.vcpus)):
+        if any(EXIT + vcpu not in pairs.quiet for vcpu in range(pairs.vcpus)):
             raise ValueError("with PML the pages of a slot are tied together by the vCPUs' buffers; use count_states")
 
     def search(self) -> _Crowds:

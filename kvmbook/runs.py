@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-import numpy as np
-
+from kvmbook.cells import ioctl_of
 from kvmbook.explore import Result, Search, Space, space_of
 from kvmbook.faults import PageFault
 from kvmbook.hardware import Hardware
 from kvmbook.kernel import Kernel
-from kvmbook.scenes import spte_state, tlb_state
+from kvmbook.scenes import is_stale, spte_state, tlb_state
 from kvmbook.schedule import Action, Grain, act, smallest_vm
 from kvmbook.spte import SpteFormat
 from kvmbook.tlb import TlbEntry
@@ -75,8 +74,7 @@ def _page(
     fmt: SpteFormat, word: int, bit: str, taken: bool, tlb: Sequence[TlbEntry | None], pml: Iterable[bool], lost: bool
 ) -> PageNow:
     spte, entries = spte_state(fmt, word), tuple(tlb_state(entry) for entry in tlb)
-    stale = tuple(entry == "writable" and spte != "writable" for entry in entries)
-    return PageNow(spte, word, bit, taken, entries, stale, tuple(pml), lost)
+    return PageNow(spte, word, bit, taken, entries, tuple(is_stale(spte, entry) for entry in entries), tuple(pml), lost)
 
 
 def _now(
@@ -98,7 +96,7 @@ def _now(
 def now_of(vm: Vm) -> Now:
     """How slot 0 of a VM looks now, all its vCPUs, and the ioctl under way."""
     slot, missed = vm.memslots.slots[0, 0], set(vm.missed_dirty(0).tolist())
-    operation = next((op for op in vm.in_flight if op.needs_slots_lock), None)
+    operation = ioctl_of(vm)
     taken = getattr(operation, "taken", ())
     pages = [
         _page(
@@ -240,11 +238,11 @@ def graph_of(hardware: Hardware, kernel: Kernel, vcpus: int = 1, grain: Grain = 
     """The whole graph of a VM with one page, as `kvmbook.explore` knows it, its states in words."""
     space = space_of(hardware, kernel, 1, vcpus, grain)
     search, fmt = Search(space), kernel.spte_format(hardware.format)
-    order = {_number_of(space, 0): 0}
+    order = {search.state_of([0]): 0}
     states: list[Now] = []
     edges: list[list[tuple[Action, int]]] = []
     for number in (queue := list(order)):  # grows while we go
-        states.append(_now_of_pair(space, fmt, _pair_of(space, number)))
+        states.append(_now_of_pair(space, fmt, search.pairs_in(number)[0]))
         edges.append([])
         for action, to in search.actions(number):
             if to not in order:
@@ -252,18 +250,6 @@ def graph_of(hardware: Hardware, kernel: Kernel, vcpus: int = 1, grain: Grain = 
                 queue.append(to)
             edges[-1].append((action, order[to]))
     return Graph(states, edges)
-
-
-def _number_of(space: Space, pair: int) -> int:
-    """The state of a one-page VM in which the page is in that pair."""
-    place = int(space.place[pair])
-    block = int(space.block[place])
-    return int(space.base[space.situations.index((block,))]) + place - int(space.first[block])
-
-
-def _pair_of(space: Space, number: int) -> int:
-    situation = int(np.searchsorted(space.base, number, side="right")) - 1
-    return int(space.order[space.first[space.situations[situation][0]] + number - space.base[situation]])
 
 
 def _now_of_pair(space: Space, fmt: SpteFormat, pair: int) -> Now:

@@ -73,6 +73,11 @@ def tlb_state(entry: TlbEntry | None) -> str:
     return "writable" if entry.dirty else "clean"
 
 
+def is_stale(spte: str, tlb: str) -> bool:
+    """Whether the entry lets a write pass that the SPTE would stop or note, both in the words above."""
+    return tlb == "writable" and spte != "writable"
+
+
 def _moment(vm: Vm, actor: str, action: str, flushes_before: int) -> Moment:
     fmt, spte, entry = vm.fmt, vm.spte(BASE_GFN), vm.vcpu[0].tlb.lookup("L1", BASE_GFN)
     says, remembers = spte_state(fmt, spte), tlb_state(entry)
@@ -85,7 +90,7 @@ def _moment(vm: Vm, actor: str, action: str, flushes_before: int) -> Moment:
         spte_rights=letters + d + (" MW" if fmt.is_mmu_writable_spte(spte) else ""),
         tlb=remembers,
         tlb_rights="" if entry is None else str(entry)[:3] + (" D" if entry.dirty and fmt.kvm_ad_enabled else ""),
-        stale=remembers == "writable" and says != "writable",
+        stale=is_stale(says, remembers),
         flushed=vm.counters.flushes > flushes_before,
     )
 

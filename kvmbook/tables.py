@@ -201,8 +201,9 @@ class Pairs:
     """All pairs of a slot with ``steps.cells.pages`` pages and ``steps.vcpus`` vCPUs, numbered as they are found.
 
     ``pairs[i]``: control and page; ``edges[i]``: its steps; ``everywhere[what][i]``: the pair that a flush or an exit makes
-    of pair i; ``block[i]``: its block; ``blocks[b]``: control and gates; ``members[b]``: its pairs; ``holds_up_user[b]``:
-    whether user space must wait while a page is there; ``users[control]``: the steps of user space.
+    of pair i, ``quiet`` those that change none, which the edges leave out; ``block[i]``: its block; ``blocks[b]``: control
+    and gates; ``members[b]``: its pairs; ``holds_up_user[b]``: whether user space must wait while a page is there;
+    ``users[control]``: the steps of user space.
     """
 
     def __init__(self, steps: PageSteps) -> None:
@@ -227,6 +228,9 @@ class Pairs:
         self.members: list[list[int]] = [[] for _ in self.blocks]
         for number, block in enumerate(self.block):
             self.members[block].append(number)
+        unchanged = list(range(len(self.pairs)))
+        self.quiet = {what for what, to in self.everywhere.items() if to == unchanged}
+        self.edges = [[e._replace(everywhere=0) if e.everywhere in self.quiet else e for e in es] for es in self.edges]
         self._after: dict[tuple[int, int, Control], set[int]] = {}
 
     def find(self, control: Control, page: Page) -> int:

@@ -69,7 +69,7 @@ def number(space, search, vm):
     """The number of the state that a VM is in."""
     pairs, steps = space.pairs, space.pairs.steps
     pages = [steps.page(word_of(vm, page), [view_of(vm, v, page) for v in vm.vcpus]) for page in range(space.pages)]
-    return int(search._put_together([space.place[[pairs.number[control_of(vm), page]]] for page in pages])[0])
+    return search.state_of([pairs.number[control_of(vm), page] for page in pages])
 
 
 @pytest.mark.parametrize("policy", FlushPolicy.__members__)
