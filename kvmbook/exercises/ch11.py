@@ -1,0 +1,108 @@
+"""Exercises and questions of chapter 11."""
+
+from itertools import combinations
+
+from kvmbook.arrays import Spte, Truth
+from kvmbook.exercises import Answer, Run, checker, question
+from kvmbook.exercises.vms import PAGES, lost_while_logging
+from kvmbook.flush_rules import BITS, BitRule, Leaf, leaves_met, sound_rules
+from kvmbook.hardware import Hardware
+from kvmbook.kernel import Kernel
+from kvmbook.scenes import BASE_GFN
+from kvmbook.spte import SpteFormat
+from kvmbook.vm import Vm
+
+
+def _losing_w(hardware: Hardware) -> frozenset[Leaf]:
+    return frozenset(kind for kind in leaves_met(hardware) if kind.before & ~kind.after & 1 << BITS.index("W"))
+
+
+@question("1", "4", "16", "128")
+def quiz_11_1() -> Answer:
+    """On NPT the pass meets eight kinds of leaf, so there are 256 rules. Four kinds lose W. How many rules are sound?"""
+    hardware = Hardware.npt()
+    kinds, needed = frozenset(leaves_met(hardware)), _losing_w(hardware)
+    free = sorted(kinds - needed)
+    with_them = [BitRule(needed.union(some)) for n in range(len(free) + 1) for some in combinations(free, n)]
+    assert not sound_rules(hardware, [BitRule(kinds - {kind}) for kind in needed])
+    because = f"Those {len(needed)} kinds must be in a sound rule. The other {len(free)} may be in it or not: 2 to the {len(free)}."
+    return Answer(str(len(sound_rules(hardware, with_them))), because)
+
+
+@question("yes", "no")
+def quiz_11_2() -> Answer:
+    """Take the cheapest sound rule on NPT and let it flush for one more kind of leaf. Can it become unsound?"""
+    hardware = Hardware.npt()
+    cheapest = _losing_w(hardware)
+    more = [BitRule(cheapest | {kind}) for kind in leaves_met(hardware) if kind not in cheapest]
+    because = (
+        "It could, if a flush had side effects that lose something. The searches say that it does not here: the sound rules "
+        "are exactly those that contain the least one."
+    )
+    return Answer("no" if sound_rules(hardware, more) == more else "yes", because)
+
+
+@question("on all hardware", "without A/D bits and with PML", "only without A/D bits", "nowhere")
+def quiz_11_3() -> Answer:
+    """Flush if a pass, either of the two, meets an MMU-writable leaf. Where is that the *cheapest* sound rule over SPTE
+    bits: without A/D bits, on NPT, with PML?"""
+    cheapest = set()
+    for name, hardware in (("", Hardware.ept(ad_bits=False)), ("NPT", Hardware.npt()), ("PML", Hardware.ept(pml=True))):
+        named = frozenset(kind for kind in leaves_met(hardware) if kind.before & 1 << BITS.index("MW"))
+        smaller = [BitRule(named - {kind}) for kind in named]
+        if sound_rules(hardware, [BitRule(named)]) and not sound_rules(hardware, smaller):
+            cheapest.add(name)
+    said = {3: "on all hardware", 2: "without A/D bits and with PML", 1: "only without A/D bits", 0: "nowhere"}
+    assert cheapest in ({"", "NPT", "PML"}, {"", "PML"}, {""}, set())
+    because = (
+        "There every leaf that the pass meets is MMU-writable and may be stale. On NPT ageing leaves W alone, so asking for "
+        "W is enough, and cheaper. What the message sketches asks in the write-protecting pass only; with PML it loses."
+    )
+    return Answer(said[len(cheapest)], because)
+
+
+@checker
+def check_11_1(rule: BitRule) -> str:
+    """The cheapest sound rule on AMD."""
+    hardware = Hardware.npt()
+    if type(rule) is not BitRule or not isinstance(rule.kinds, frozenset):
+        return "give a BitRule(frozenset(...)) of kinds from leaves_met(...)"
+    if sound_rules(hardware, [rule]) != [rule]:
+        return "a write can be lost under this rule; which kinds of leaf may a TLB still let write?"
+    spare = [kind for kind in rule.kinds if sound_rules(hardware, [BitRule(rule.kinds - {kind})])]
+    return f"it is sound, but {len(spare)} of its {len(rule.kinds)} kinds could be left out" if spare else ""
+
+
+class WInTheClearDirtyPass:
+    """Asks for MMU-writable where W is taken, and for W where D is cleared."""
+
+    unconditional = False
+
+    def after_write_protect(self, fmt: SpteFormat, old: Spte, new: Spte, answer: Truth) -> Truth:
+        return fmt.is_mmu_writable_spte(old)
+
+    def after_clear_dirty(self, fmt: SpteFormat, old: Spte, new: Spte, answer: Truth) -> Truth:
+        return fmt.is_writable_pte(old)
+
+
+@checker
+def check_11_2(run: Run) -> str:
+    """A nested guest that breaks a rule that was sound without one."""
+    kernel = Kernel.v5_19.with_(flush=WInTheClearDirtyPass())
+    vm = Vm(Hardware.ept(pml=True), kernel, vcpus=2, nested="ept without A/D")
+    vm.set_user_memory_region(slot=0, base_gfn=BASE_GFN, npages=PAGES)
+    run(vm)
+    return lost_while_logging(vm, kernel, "the nested guest's leaves have no A/D bits: what does ageing do to them?")
+
+
+@checker
+def check_11_3(run: Run) -> str:
+    """A run that loses a write under the rule that was only lucky: flush if W, or if access-tracked."""
+    hardware = Hardware.ept(ad_bits=False)
+    bits = 1 << BITS.index("W") | 1 << BITS.index("tracked")
+    rule = BitRule(frozenset(kind for kind in leaves_met(hardware) if kind.before & bits))
+    vm = Vm(hardware, kernel := Kernel.v5_19.with_(flush=rule), vcpus=2)
+    vm.set_user_memory_region(slot=0, base_gfn=BASE_GFN, npages=PAGES)
+    run(vm)
+    hint = "which kind of leaf is not in the rule, and how does a page come to look like that?"
+    return lost_while_logging(vm, kernel, hint)

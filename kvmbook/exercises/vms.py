@@ -1,0 +1,39 @@
+"""The VMs that exercises start from, and what several of them ask of one at the end."""
+
+from kvmbook.hardware import Hardware
+from kvmbook.kernel import Kernel
+from kvmbook.memslots import MemorySlot
+from kvmbook.scenes import BASE_GFN
+from kvmbook.vm import Vm
+
+PAGES = 16
+
+
+def enable(vm: Vm, slot: int = 0) -> None:
+    """Switch dirty logging on for a slot."""
+    old = vm.memslots.slots[0, slot]
+    vm.set_user_memory_region(slot=slot, base_gfn=old.base_gfn, npages=old.npages, log_dirty_pages=True)
+
+
+def aged(hardware: Hardware, kernel: Kernel, pages: int = PAGES) -> Vm:
+    """Two vCPUs and one slot of ``pages``, all read by vCPU 0, then aged; logging is off."""
+    vm = Vm(hardware, kernel, vcpus=2)
+    vm.set_user_memory_region(slot=0, base_gfn=BASE_GFN, npages=pages)
+    for gfn in range(BASE_GFN, BASE_GFN + pages):
+        vm.vcpu[0].read(gfn)
+    vm.clear_young(BASE_GFN, BASE_GFN + pages)
+    return vm
+
+
+def slot_was_touched(vm: Vm, before: MemorySlot) -> bool:
+    """Whether slot 0 is not the one that it was."""
+    return vm.memslots.slots.get((0, 0)) is not before
+
+
+def lost_while_logging(vm: Vm, kernel: Kernel, hint: str) -> str:
+    """A hint unless the VM, still under ``kernel``, logs slot 0 and has missed a write there."""
+    if vm.kernel is not kernel:
+        return "that is another kernel; keep the one you are given"
+    if (0, 0) not in vm.memslots.slots or not vm.memslots.slots[0, 0].logs_dirty:
+        return "your run must leave dirty logging enabled"
+    return "" if len(vm.missed_dirty(0)) else f"no write is missed; {hint}"

@@ -1,0 +1,50 @@
+"""A question to the reader: predict, then reveal. It carries its answer, so it works with a kernel and without one."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+
+import anywidget
+import traitlets
+
+HERE = pathlib.Path(__file__).parent
+
+
+class Quiz(anywidget.AnyWidget):
+    """One question with its options; the answer shows after a prediction, and on paper.
+
+    Raises ValueError for fewer than two options, and for an answer that is none of them.
+    """
+
+    _esm = HERE / "quiz.js"
+    _css = HERE / "panel.css"
+    asked = traitlets.Unicode().tag(sync=True)
+    options = traitlets.List(traitlets.Unicode()).tag(sync=True)
+    answer = traitlets.Unicode().tag(sync=True)
+    because = traitlets.Unicode().tag(sync=True)
+    predicted = traitlets.Unicode("").tag(sync=True)
+
+    def __init__(self, asked: str, options: Sequence[str], answer: str, because: str) -> None:
+        if len(options) < 2 or answer not in options:
+            raise ValueError(f"the answer, {answer!r}, must be one of two or more options; got {list(options)}")
+        super().__init__(asked=asked, options=list(options), answer=answer, because=because)
+
+    def predict(self, option: str) -> str:
+        """Predict and reveal; return the sentence. ValueError if ``option`` is none of the options."""
+        if option not in self.options:
+            raise ValueError(f"the options are {', '.join(self.options)}; got {option!r}")
+        self.predicted = option
+        return self.readout
+
+    @property
+    def readout(self) -> str:
+        """What is shown below the question: nothing before a prediction."""
+        if not self.predicted:
+            return ""
+        verdict = "Yes: " if self.predicted == self.answer else f"You said: {self.predicted}. The model says: "
+        return f"{verdict}{self.answer}. {self.because}"
+
+    def __repr__(self) -> str:
+        options = [f"  [{'x' if option == self.predicted else ' '}] {option}" for option in self.options]
+        return "\n".join([self.asked, *options, *filter(None, [self.readout])])
