@@ -1,8 +1,11 @@
-"""What the tests share: the hardware kinds, and short ways to build a VM and to run the seed's scene."""
+"""What the tests share: the hardware kinds, short ways to build a VM and to run the seed's scene, and a browser."""
+
+import os
 
 import pytest
 
 from kvmbook import Hardware, Kernel, Vm
+from tools.browser import chromium_path, launch_options
 
 HARDWARE = {
     "ept_no_ad": Hardware.ept(ad_bits=False),
@@ -43,3 +46,43 @@ def missed(vm, slot=0):
 def reported(vm, slot=0):
     base = vm.memslots.id_to_memslot(0, slot).base_gfn
     return [base + int(page) for page in vm.get_dirty_log(slot).nonzero()[0]]
+
+
+@pytest.fixture(scope="session")
+def browser_type_launch_args():
+    """Debian's chromium for pytest-playwright (CI installs it if it is missing); skipped where there is none."""
+    if chromium_path() is None and os.environ.get("CI") != "true":
+        pytest.skip("chromium is missing; on Debian: apt-get install chromium")
+    return launch_options()
+
+
+class Visit:
+    """A page with what must not happen noted: ``foreign``, requests to another host, and ``errors``, of the console."""
+
+    def __init__(self, browser, home, **options):
+        self.context = browser.new_context(**options)
+        self.page = self.context.new_page()
+        self.foreign, self.errors = [], []
+        own = (home, "data:", "blob:", "about:")
+        self.context.on("request", lambda r: None if r.url.startswith(own) else self.foreign.append(r.url))
+        self.context.on("requestfailed", lambda r: self.errors.append(f"failed: {r.url}"))
+        self.context.on("console", lambda m: self.errors.append(m.text) if m.type == "error" else None)
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+
+    def clean(self):
+        """Assert that nothing was noted."""
+        assert not self.foreign and not self.errors, (self.foreign, self.errors)
+
+
+@pytest.fixture
+def visit(browser):
+    """Open pages: ``visit(home, **options of a browser context)`` returns a `Visit`; all are closed at the end."""
+    opened = []
+
+    def new(home, **options):
+        opened.append(Visit(browser, home, **options))
+        return opened[-1]
+
+    yield new
+    for each in opened:
+        each.context.close()

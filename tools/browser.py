@@ -1,0 +1,38 @@
+"""Debian's chromium, driven by Playwright: for the PDF, the tests and the benchmark of the pages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from playwright.sync_api import Browser, sync_playwright
+
+from tools.debian import program
+
+# It asks nobody for updates, so that every request it makes is a page's own.
+QUIET = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run", "--disable-quic"]
+
+
+def chromium_path() -> str | None:
+    """Where chromium is; None if it is missing. In CI it is installed."""
+    return program("chromium", "chromium-browser", "google-chrome", packages=("chromium",))
+
+
+def launch_options() -> dict[str, Any]:
+    """What Playwright's ``launch`` needs for it. RuntimeError if it is missing."""
+    path = chromium_path()
+    if path is None:
+        raise RuntimeError("chromium is missing; on Debian: apt-get install chromium")
+    return {"executable_path": path, "args": ["--no-sandbox", "--disable-gpu", *QUIET]}
+
+
+@contextmanager
+def chromium() -> Iterator[Browser]:
+    """A headless browser. RuntimeError if there is none."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(**launch_options())
+        try:
+            yield browser
+        finally:
+            browser.close()

@@ -1,0 +1,52 @@
+"""Fetch what the built pages and slides need from npm, by the pinned versions and checksums of vendor.json.
+
+Usage: vendor.py FOLDER   Each package's files go to FOLDER/name/, once. No Node.js is needed. The registry is
+``npm_config_registry`` if that is set. Stops if a checksum differs.
+"""
+
+import base64
+import fnmatch
+import hashlib
+import io
+import json
+import os
+import pathlib
+import sys
+import tarfile
+import urllib.request
+
+LOCK = pathlib.Path(__file__).with_name("vendor.json")
+
+
+def fetch(folder: pathlib.Path) -> None:
+    """Bring ``folder`` up to date with the lock file."""
+    registry = os.environ.get("npm_config_registry", "https://registry.npmjs.org").rstrip("/")
+    for package, pinned in json.loads(LOCK.read_text()).items():
+        name = package.split("/")[-1]
+        stamp = folder / name / ".fetched"
+        if stamp.exists() and stamp.read_text() == json.dumps(pinned):
+            continue
+        address = f"{registry}/{package}/-/{name}-{pinned['version']}.tgz"
+        with urllib.request.urlopen(address, timeout=60) as reply:
+            packed = reply.read()
+        found = "sha512-" + base64.b64encode(hashlib.sha512(packed).digest()).decode()
+        if found != pinned["integrity"]:
+            raise SystemExit(f"{address}: its checksum is {found}, vendor.json says {pinned['integrity']}")
+        unpack(packed, pinned["files"], folder / name)
+        stamp.write_text(json.dumps(pinned))
+
+
+def unpack(packed: bytes, patterns: list[str], folder: pathlib.Path) -> None:
+    """Write the files of an npm package that match one of ``patterns``."""
+    with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
+        for member in archive:
+            path = member.name.removeprefix("package/")
+            if member.isfile() and any(fnmatch.fnmatch(path, pattern) for pattern in patterns):
+                (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                content = archive.extractfile(member)
+                assert content is not None
+                (folder / path).write_bytes(content.read())
+
+
+if __name__ == "__main__":
+    fetch(pathlib.Path(sys.argv[1]))
