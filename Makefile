@@ -1,9 +1,9 @@
-# `make lab` opens the book, `make test` runs every test. Both install what they need into .venv first.
+# `make lab` opens the book, `make test` runs every test, `make book` builds its pages. Each installs what it needs into .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
 FIRST := notebooks/01-a-write-that-nobody-saw.ipynb
 
-.PHONY: lab test run benchmark clean
+.PHONY: lab test book slides pdf run benchmark clean
 
 # Trusted notebooks show their panels at once; others only after they are run.
 lab: .venv/installed
@@ -12,6 +12,18 @@ lab: .venv/installed
 
 test: .venv/installed
 	$(BIN)/python -m pytest
+
+# The pages, for a web server or a disk: build/book/_build/html. Unchanged chapters are not run again.
+book: .venv/installed
+	$(BIN)/python tools/book.py build/book
+
+# A deck for each chapter: build/slides.
+slides: .venv/installed
+	$(BIN)/python tools/slides.py build/slides
+
+# The whole book for a printer; needs chromium.
+pdf: book
+	$(BIN)/python tools/pdf.py build/book/_build/html build/kvmbook.pdf
 
 # Run every chapter and store its outputs: after a change to the model or to a chapter.
 run: .venv/installed

@@ -45,7 +45,9 @@ def problems(notebook: Any) -> Iterator[str]:
 def _without_alt_text(cell: Any) -> Iterator[str]:
     if cell.cell_type == "markdown":
         yield from (f"an image without alt text: {tag}" for tag in re.findall(r"!\[\s*\]\([^)]*\)", cell.source))
-        yield from (f"an image without alt text: {t}" for t in re.findall(r"<img(?![^>]*\balt=\"[^\"])[^>]*>", cell.source))
+        yield from (
+            f"an image without alt text: {t}" for t in re.findall(r"<img(?![^>]*\balt=\"[^\"])[^>]*>", cell.source)
+        )
     for output in cell.get("outputs", []):
         shown = output.get("data", {})
         if "image/svg+xml" in shown and not re.search(r"<title>[^<]+</title>", shown["image/svg+xml"]):
@@ -72,34 +74,31 @@ def _not_frozen(cell: Any, states: dict[str, Any]) -> Iterator[str]:
 # ---- the sources of the pages ----------------------------------------------------------------------------------------
 
 
-def stage(source: pathlib.Path, stored: bool) -> None:
+def stage(root: pathlib.Path, source: pathlib.Path, stored: bool) -> None:
     """Bring the folder that Jupyter Book builds from up to date; a file that would not change is not touched."""
-    write(source / "_config.yml", (ROOT / "_config.yml").read_bytes())
-    write(source / "_toc.yml", (ROOT / "_toc.yml").read_bytes())
-    for path in sorted((ROOT / "book").rglob("*")):
+    for path in [root / "_config.yml", root / "_toc.yml", *sorted((root / "book").rglob("*"))]:
         if path.is_file():
-            write(source / path.relative_to(ROOT), path.read_bytes())
+            write(source / path.relative_to(root), path.read_bytes())
     write(source / "book/function-map.md", function_map.markdown().encode())
     vendor.fetch(ROOT / "build/vendor")
     for package in ("requirejs", "html-manager", "mathjax"):
         shutil.copytree(ROOT / "build/vendor" / package, source / "static/vendor" / package, dirs_exist_ok=True)
     write(source / "static/vendor/anywidget.js", anywidget_js().read_bytes())
     write(source / "static/vendor/widgets.js", (ROOT / "tools/widgets.js").read_bytes())
-    chapters = [path for path in sorted((ROOT / "notebooks").glob("*.ipynb")) if path.stem in wanted()]
+    chapters = [root / f"{file}.ipynb" for file in contents(root) if file.startswith("notebooks/")]
     with ThreadPoolExecutor(2) as pool:
         executed = list(pool.map(lambda path: path if stored else run(path), chapters))
     for path, ran in zip(chapters, executed, strict=True):
         notebook = nbformat.read(ran, as_version=4)
         if found := list(problems(notebook)):
-            raise SystemExit("\n".join(f"{path.relative_to(ROOT)}: {problem}" for problem in found))
+            raise SystemExit("\n".join(f"{path.relative_to(root)}: {problem}" for problem in found))
         write(source / "notebooks" / path.name, nbformat.writes(with_inline_pictures(notebook)).encode())
 
 
-def wanted() -> set[str]:
-    """The names of the notebooks in the table of contents."""
-    toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
-    files = [toc["root"], *(chapter["file"] for part in toc["parts"] for chapter in part["chapters"])]
-    return {pathlib.PurePath(file).name for file in files if file.startswith("notebooks/")}
+def contents(root: pathlib.Path) -> list[str]:
+    """The pages in the order of the table of contents, without suffix."""
+    toc = yaml.safe_load((root / "_toc.yml").read_text())
+    return [toc["root"], *(chapter["file"] for part in toc["parts"] for chapter in part["chapters"])]
 
 
 def write(path: pathlib.Path, content: bytes) -> None:
@@ -140,22 +139,32 @@ def with_inline_pictures(notebook: Any) -> Any:
 # ---- pages -----------------------------------------------------------------------------------------------------------
 
 
-def build(folder: pathlib.Path, stored: bool = False) -> pathlib.Path:
-    """Build the pages and return their folder. SystemExit if anything is wrong."""
-    stage(folder / "source", stored)
-    command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", "-W", "--keep-going", "-q"]
+def build(folder: pathlib.Path, stored: bool = False, root: pathlib.Path = ROOT) -> pathlib.Path:
+    """Build the pages of the book in ``root`` and return their folder. SystemExit says what is wrong, and where."""
+    stage(root, folder / "source", stored)
+    command = [
+        sys.executable,
+        "-c",
+        "from jupyter_book.cli.main import main; main()",
+        "build",
+        "-W",
+        "--keep-going",
+        "-q",
+    ]
     done = subprocess.run(
         [*command, "--path-output", str(folder), str(folder / "source")], capture_output=True, text=True, check=False
     )
-    warnings = [line for line in (done.stdout + done.stderr).splitlines() if "WARNING" in line or "ERROR" in line]
-    if done.returncode or warnings:
-        said = "\n".join(map(name_the_cell, warnings)) or (done.stdout + done.stderr)[-3000:]
+    printed = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout + done.stderr).replace(f"{folder / 'source'}/", "")
+    warnings = [line for line in printed.splitlines() if "WARNING" in line or "ERROR" in line]
+    pages = folder / "_build/html"
+    if done.returncode or warnings or not (pages / "index.html").exists():
+        said = "\n".join(map(name_the_cell, warnings)) or printed[-3000:]
         raise SystemExit(f"the pages were not built:\n{said}")
-    return folder / "_build/html"
+    return pages
 
 
 def name_the_cell(warning: str) -> str:
-    """myst-nb counts 10,000 lines a cell: say which cell that is."""
+    """In warnings myst-nb counts 10,000 lines for each cell: say which cell that is."""
     return re.sub(
         r"\.ipynb:(\d{5,})",
         lambda match: f".ipynb, cell {int(match[1]) // 10000}, line {int(match[1]) % 10000}",
