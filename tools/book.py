@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import pathlib
 import re
 import shutil
@@ -68,7 +67,8 @@ def _not_frozen(cell: Any, states: dict[str, Any]) -> Iterator[str]:
         combinations = product(*(setting["options"] for setting in model.get("settings", [])))
         missing = [c for c in combinations if model.get("settings") and " | ".join(c) not in model["states"]]
         if missing:
-            yield f"panel {model.get('title')!r} does not carry {len(missing)} of its combinations, such as {' | '.join(missing[0])}"
+            such = " | ".join(missing[0])
+            yield f"panel {model.get('title')!r} does not carry {len(missing)} of its combinations, such as {such}"
 
 
 # ---- the sources of the pages ----------------------------------------------------------------------------------------
@@ -98,7 +98,7 @@ def stage(root: pathlib.Path, source: pathlib.Path, stored: bool) -> None:
 def contents(root: pathlib.Path) -> list[str]:
     """The pages in the order of the table of contents, without suffix."""
     toc = yaml.safe_load((root / "_toc.yml").read_text())
-    return [toc["root"], *(chapter["file"] for part in toc["parts"] for chapter in part["chapters"])]
+    return [toc["root"], *(chapter["file"] for part in toc.get("parts", []) for chapter in part["chapters"])]
 
 
 def write(path: pathlib.Path, content: bytes) -> None:

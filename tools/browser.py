@@ -11,7 +11,13 @@ from playwright.sync_api import Browser, sync_playwright
 from tools.debian import program
 
 # It asks nobody for updates, so that every request it makes is a page's own.
-QUIET = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run", "--disable-quic"]
+QUIET = [
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+    "--disable-quic",
+]
 
 
 def chromium_path() -> str | None:

@@ -8,7 +8,7 @@ import subprocess
 
 
 def program(*names: str, packages: tuple[str, ...]) -> str | None:
-    """The path of the first of ``names`` that is there, or None. In CI (CI=true, as root) ``packages`` are installed first."""
+    """The path of the first of ``names`` that is there, or None; in CI (CI=true, as root) ``packages`` come first."""
     if not _found(names) and os.environ.get("CI") == "true" and os.geteuid() == 0 and shutil.which("apt-get"):
         subprocess.run(["apt-get", "update", "-qq"], check=True)
         subprocess.run(["apt-get", "install", "-qq", "-y", "--no-install-recommends", *packages], check=True)

@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from bs4 import BeautifulSoup
+from playwright.sync_api import Browser
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -92,25 +93,26 @@ def relocate(tag: Any, file: str, names: dict[str, str]) -> None:
             tag[attribute] = path + (f"?{address.query}" if address.query else "")
 
 
-def print_book(pages: pathlib.Path, out: pathlib.Path) -> None:
-    """Write the PDF. RuntimeError if there is no browser."""
+def print_book(pages: pathlib.Path, out: pathlib.Path, browser: Browser) -> None:
+    """Write the PDF."""
     page_file = pages / PRINT_NAME
     page_file.write_text(one_page(pages))
+    page = browser.new_page(color_scheme="light")
     try:
-        with chromium() as browser:
-            page = browser.new_page(color_scheme="light")
-            page.goto(page_file.as_uri())
-            views = page.locator('script[type="application/vnd.jupyter.widget-view+json"]').count()
-            page.wait_for_function("wanted => document.querySelectorAll('.kvmbook-panel').length === wanted", arg=views)
-            page.pdf(
-                path=str(out), format="A4", print_background=True, outline=True, tagged=True, display_header_footer=True,
-                header_template="<span></span>", footer_template=FOOTER,
-                margin={"top": "18mm", "bottom": "18mm", "left": "16mm", "right": "16mm"},
-            )  # fmt: skip
+        page.goto(page_file.as_uri())
+        views = page.locator('script[type="application/vnd.jupyter.widget-view+json"]').count()
+        page.wait_for_function("wanted => document.querySelectorAll('.kvmbook-panel').length === wanted", arg=views)
+        page.pdf(
+            path=str(out), format="A4", print_background=True, outline=True, tagged=True, display_header_footer=True,
+            header_template="<span></span>", footer_template=FOOTER,
+            margin={"top": "18mm", "bottom": "18mm", "left": "16mm", "right": "16mm"},
+        )  # fmt: skip
     finally:
+        page.close()
         page_file.unlink()
 
 
 if __name__ == "__main__":
-    print_book(pathlib.Path(sys.argv[1]).resolve(), pathlib.Path(sys.argv[2]).resolve())
+    with chromium() as started:
+        print_book(pathlib.Path(sys.argv[1]).resolve(), pathlib.Path(sys.argv[2]).resolve(), started)
     print(sys.argv[2])

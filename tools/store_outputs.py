@@ -22,7 +22,9 @@ def executed(path: pathlib.Path) -> str:
     notebook = nbformat.read(path, as_version=4)
     notebook.metadata.pop("widgets", None)
     try:
-        NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(path.parent)}}).execute()
+        NotebookClient(
+            notebook, timeout=120, coalesce_streams=True, resources={"metadata": {"path": str(path.parent)}}
+        ).execute()
     except CellExecutionError as error:
         raise SystemExit(f"{path.name}, {failing_cell(notebook)}: {error}") from None
     for cell in notebook.cells:

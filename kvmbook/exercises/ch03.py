@@ -1,0 +1,232 @@
+"""Exercises and questions of chapter 03."""
+
+import random
+from collections.abc import Callable, Collection, Mapping
+from itertools import product
+from typing import Any, NamedTuple
+
+from kvmbook.exercises import Answer, checker, question
+from kvmbook.exercises.vms import aged
+from kvmbook.faults import Outcome
+from kvmbook.hardware import Hardware
+from kvmbook.inspector import parse
+from kvmbook.kernel import Kernel
+from kvmbook.scenes import BASE_GFN, spte_state
+from kvmbook.spte import (
+    PT_WRITABLE_MASK,
+    READ_MASK,
+    SHADOW_ACC_TRACK_SAVED_MASK,
+    SPTE_TDP_AD_ENABLED_MASK,
+    SPTE_TDP_AD_MASK,
+    SPTE_TDP_AD_WRPROT_ONLY_MASK,
+    SpteFormat,
+)
+from kvmbook.word_figures import KVM_READS, LEAVES, PFN, broken_rule, fields
+
+# ---- quiz ------------------------------------------------------------------------------------------------------------
+
+
+@question("no: W=0 forbids it", "yes, but only after a fault", "yes, at once: a TLB entry may be left")
+def quiz_03_1() -> Answer:
+    """A CPU has no A/D bits. vCPU 0 reads a page, the host ages it with clear_young(), and the SPTE's W is 0 now. Can vCPU 0
+    write to the page?"""
+    vm = aged(Hardware.ept(ad_bits=False), Kernel.v5_19, pages=1)
+    assert not vm.fmt.is_writable_pte(vm.spte(BASE_GFN))
+    at_once = vm.vcpu[0].write(BASE_GFN) is Outcome.HIT
+    because = (
+        "Its TLB still holds the old rights, and no walk looks at W. The bit that warns you is MMU-writable: it is 1."
+    )
+    return Answer("yes, at once: a TLB entry may be left" if at_once else "yes, but only after a fault", because)
+
+
+@question("by D: spte_ad_enabled() says yes", "by W", "by D and W")
+def quiz_03_2() -> Answer:
+    """A leaf has type 2. How does KVM note that its page is written?"""
+    fmt = SpteFormat.ept()
+    fresh = fmt.make_spte(PFN, ad_type=SPTE_TDP_AD_WRPROT_ONLY_MASK).spte
+    cleared = fresh ^ fmt.rmap_clear_dirty(fresh).spte
+    how = [name for name, mask in (("D", fmt.shadow_dirty_mask), ("W", PT_WRITABLE_MASK)) if cleared & mask]
+    option = {"W": "by W", "D": "by D: spte_ad_enabled() says yes"}.get("".join(how), "by D and W")
+    because = "Its A and D bits are real, but spte_ad_need_write_protect() says yes too, and that is what logging asks."
+    return Answer(option, because)
+
+
+@question("yes", "no")
+def quiz_03_3() -> Answer:
+    """An SPTE of an EPT with A/D bits has type 0 and R = W = X = 0. Does is_access_track_spte() say yes?"""
+    fmt = SpteFormat.ept()
+    spte = fmt.make_spte(PFN, ad_type=SPTE_TDP_AD_ENABLED_MASK).spte & (2**64 - 1 ^ fmt.shadow_acc_track_mask)
+    because = "Access tracking is for type 1 only. An SPTE of type 0 has an A bit, and is aged by clearing that."
+    return Answer("yes" if fmt.is_access_track_spte(spte) else "no", because)
+
+
+@question("R, W and X", "R and X", "only R")
+def quiz_03_4() -> Answer:
+    """A page was readable, writable and executable. It is aged on a CPU without A/D bits; then another vCPU reads it. Which
+    rights does the SPTE have now?"""
+    vm = aged(Hardware.ept(ad_bits=False), Kernel.v5_19, pages=1)
+    vm.vcpu[1].read(BASE_GFN)
+    rights = "".join(c for c, on in zip("RWX", vm.fmt.hardware_rights(vm.spte(BASE_GFN)), strict=True) if on)
+    because = (
+        "R and X were saved, and both come back, also for a read alone. W was not saved: only a write fault sets it."
+    )
+    return Answer({"RWX": "R, W and X", "RX": "R and X"}.get(rights, "only R"), because)
+
+
+@question("the same: fresh and writable", "it is read-only", "it is a word that KVM never makes")
+def quiz_03_5() -> Answer:
+    """0000000004567e67 is the SPTE of a fresh, writable page on an AMD host. What would KVM on an Intel host with A/D bits
+    say to the same word?"""
+    fresh = SpteFormat.npt().make_spte(PFN).spte
+    fmt = SpteFormat.ept()
+    because = "Bits 9 and 10 are HW and MW there, but in EPT these are bits 57 and 58, and both are 0 while W is 1."
+    if broken_rule(fmt, fresh):
+        return Answer("it is a word that KVM never makes", because)
+    same = fmt.is_writable_pte(fresh)
+    return Answer("the same: fresh and writable" if same else "it is read-only", because)
+
+
+# ---- exercise 1: decode ----------------------------------------------------------------------------------------------
+
+STEPS: dict[str, Callable[[SpteFormat, int], int]] = {
+    "the host ages it": lambda fmt, spte: int(fmt.mmu_spte_age(spte).spte),
+    "a vCPU reads it": lambda fmt, spte: read(fmt, spte),
+    "it is write-protected for logging": lambda fmt, spte: int(fmt.spte_write_protect(spte).spte),
+    "it is protected for shadow paging": lambda fmt, spte: int(fmt.spte_write_protect(spte, pt_protect=True).spte),
+}
+SKETCHES = (
+    ("the host ages it",),
+    ("the host ages it", "a vCPU reads it"),
+    ("it is write-protected for logging", "the host ages it"),
+    ("it is protected for shadow paging", "the host ages it"),
+    ("it is protected for shadow paging", "the host ages it", "a vCPU reads it"),
+)
+
+
+def read(fmt: SpteFormat, spte: int) -> int:
+    """The SPTE after a read: a tracked one faults and is restored, in another the CPU sets A."""
+    if fmt.is_access_track_spte(spte):
+        return int(fmt.restore_acc_track_spte(spte))
+    return spte | int(fmt.spte_shadow_accessed_mask(spte))
+
+
+class Found(NamedTuple):
+    """A word to decode: its format, a key of `kvmbook.word_figures.LEAVES`, and the word."""
+
+    format: str
+    word: int
+
+    def __str__(self) -> str:
+        return f"{self.format}: {self.word:016x}"
+
+
+class History(NamedTuple):
+    """A word to build: its format, its frame, and what happened to it after it was mapped writable."""
+
+    format: str
+    pfn: int
+    steps: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.format}, frame {self.pfn:#x}: mapped fresh and writable; then {'; then '.join(self.steps)}"
+
+
+def history(seed: int) -> History:
+    """A history for exercise 2, another for each seed."""
+    chance = random.Random(seed)
+    return History(chance.choice(list(LEAVES)), chance.randrange(0x1000, 0x1000000), chance.choice(SKETCHES))
+
+
+def found_word(seed: int) -> Found:
+    """A word for exercise 1, another for each seed."""
+    past = history(seed + 1000)
+    return Found(past.format, _after(past))
+
+
+def _after(past: History) -> int:
+    fmt, ad_type = LEAVES[past.format]
+    spte = fmt.make_spte(past.pfn, ad_type=ad_type).spte
+    for step in past.steps:
+        spte = STEPS[step](fmt, spte)
+    return spte
+
+
+WHERE = {
+    "pfn": "the ten hexadecimal digits in the middle",
+    "type": "bits 53 and 52, in the third digit from the left",
+    "W": "bit 1",
+    "MW": "KVM's own bit; where is it in this format?",
+    "young": "an A bit if there is one, else: is it access-tracked?",
+    "state": "one of writable, clean, write-protected, access-tracked, read-only; which tests come first?",
+}
+
+
+@checker
+def check_03_1(decoded: Mapping[str, Any], seed: int = 1) -> str:
+    """All six facts about the word of `found_word(seed)`."""
+    format, spte = found_word(seed)
+    fmt = LEAVES[format].fmt
+    facts: dict[str, Any] = {
+        "pfn": fmt.pfn(spte),
+        "type": (spte & SPTE_TDP_AD_MASK) // (SPTE_TDP_AD_MASK & -SPTE_TDP_AD_MASK),
+        "W": int(fmt.is_writable_pte(spte)),
+        "MW": int(fmt.is_mmu_writable_spte(spte)),
+        "young": bool(fmt.is_accessed_spte(spte)),
+        "state": spte_state(fmt, spte),
+    }
+    if not isinstance(decoded, Mapping) or set(decoded) != set(facts):
+        return f"give a dict with the keys {', '.join(facts)}"
+    wrong = next((name for name, value in facts.items() if decoded[name] != value), None)
+    return f"{wrong!r} is another; look at: {WHERE[wrong]}" if wrong else ""
+
+
+# ---- exercise 2: build -----------------------------------------------------------------------------------------------
+
+
+@checker
+def check_03_2(word: str | int, seed: int = 1) -> str:
+    """The word after `history(seed)`, in hexadecimal or as a number."""
+    past = history(seed)
+    fmt, spte = LEAVES[past.format].fmt, parse(word)
+    wrong = spte ^ _after(past)
+    if not wrong:
+        return ""
+    if fmt.pfn(wrong):
+        return "the frame is another"
+    who = (
+        "that only KVM reads" if any(f.mask & wrong for f in fields(fmt) if f.kind == KVM_READS) else "of the hardware"
+    )
+    tail = f"; besides, KVM never makes your word: {broken}" if (broken := broken_rule(fmt, spte)) else ""
+    return f"{wrong.bit_count()} bits are wrong, among them one {who}{tail}"
+
+
+# ---- exercise 3: backwards -------------------------------------------------------------------------------------------
+
+
+def _origins(fmt: SpteFormat, spte: int) -> set[int]:
+    """All words that ageing turns into ``spte``, by trying: ageing touches R, W, X, A and the saved bits only."""
+    touched = READ_MASK | PT_WRITABLE_MASK | fmt.shadow_x_mask | fmt.shadow_accessed_mask | fmt.shadow_acc_track_mask
+    touched |= SHADOW_ACC_TRACK_SAVED_MASK if fmt.shadow_acc_track_mask else 0
+    bits = [1 << bit for bit in range(64) if touched >> bit & 1]
+    found = set()
+    for flips in product((0, 1), repeat=len(bits)):
+        word = spte ^ sum(bit for bit, flip in zip(bits, flips, strict=True) if flip)
+        if not broken_rule(fmt, word) and fmt.mmu_spte_age(word).spte == spte:
+            found.add(word)
+    return found
+
+
+@checker
+def check_03_3(origins: Callable[[SpteFormat, int], Collection[int]]) -> str:
+    """All words from which one ageing leads to a given one, for leaves of all formats, young and old."""
+    for format, (fmt, ad_type) in LEAVES.items():
+        fresh = fmt.make_spte(PFN, ad_type=ad_type).spte
+        protected, guarded = (int(fmt.spte_write_protect(fresh, pt_protect=pt).spte) for pt in (False, True))
+        for spte in (fresh, protected, *(int(fmt.mmu_spte_age(s).spte) for s in (fresh, protected, guarded))):
+            said, right = {int(word) for word in origins(fmt, spte)}, _origins(fmt, spte)
+            where = f"{format}, {spte:016x}"
+            if said - right:
+                return f"{where}: you name {len(said - right)} that KVM never makes, or that do not become this word"
+            if right - said:
+                return f"{where}: {len(right - said)} more lead there; which bits does ageing forget?"
+    return ""

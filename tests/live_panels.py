@@ -1,0 +1,24 @@
+"""The book's panels, made anew: what the pages and JupyterLab show is compared with these."""
+
+import functools
+import importlib
+import inspect
+import pkgutil
+
+import kvmbook
+from kvmbook.panels import Panel
+
+
+@functools.cache
+def by_title():
+    """Every panel of the package, by its title: what its functions without arguments that promise a `Panel` return."""
+    found = {}
+    for room in pkgutil.iter_modules(kvmbook.__path__, "kvmbook."):
+        module = importlib.import_module(room.name)
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            promises = str(inspect.signature(function).return_annotation)
+            if function.__module__ == module.__name__ and promises.endswith("Panel") and not name.startswith("_"):
+                panel = function()
+                found[panel.title] = panel
+    assert all(isinstance(panel, Panel) for panel in found.values())
+    return found

@@ -1,0 +1,324 @@
+"""The built pages: nothing is asked of another host, every panel works without a kernel and says what the model says."""
+
+import contextlib
+import http.server
+import json
+import pathlib
+import re
+import subprocess
+import threading
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from kvmbook import exercises
+from kvmbook.inspector import SpteInspector
+from tests.live_panels import by_title
+from tools import book, pdf, store_outputs, vendor
+
+ROOT = book.ROOT
+STATE = re.compile(r'<script type="application/vnd.jupyter.widget-state\+json">(.*?)</script>', re.S)
+# The theme's own: its search button has no name, and its side bar lies in no landmark.
+THEME_FINDINGS = {"button-name": "search-button", "region": "sidebar-primary-item"}
+
+
+@pytest.fixture(scope="module")
+def pages():
+    """The pages, built from the outputs that are stored in the notebooks; warnings are errors."""
+    return book.build(ROOT / "build/test-book", stored=True)
+
+
+@pytest.fixture(scope="module")
+def served(pages):
+    """The address of a web server for the pages."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), lambda *arguments: Quiet(*arguments, directory=str(pages))
+    ) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+FILES = book.contents(ROOT)
+CHAPTERS = [file for file in FILES if file.startswith("notebooks/")]
+
+
+def widgets_in(pages, file):
+    """The states of a page's widgets, as the page carries them."""
+    found = STATE.search((pages / f"{file}.html").read_text())
+    return [model["state"] for model in json.loads(found[1])["state"].values()] if found else []
+
+
+def open_page(visit, home, file, **options):
+    """A page with all its widgets drawn."""
+    seen = visit(home, **options)
+    seen.page.goto(f"{home}{file}.html")
+    views = seen.page.locator('script[type="application/vnd.jupyter.widget-view+json"]').count()
+    seen.page.wait_for_function("n => document.querySelectorAll('.kvmbook-panel').length === n", arg=views)
+    return seen
+
+
+# ---- what is published -----------------------------------------------------------------------------------------------
+
+
+def test_the_front_page_promises_shows_and_has_three_doors(pages):
+    front = (pages / "notebooks/index.html").read_text()
+    assert front.count("<strong>") >= 1 and "widget-view+json" in front
+    doors = re.search(r'<section id="three-doors">.*?</section>\s*</section>', front, re.S)[0]
+    assert re.findall(r'<section id="([^"]+)">', doors)[1:] == ["learn-alone", "teach", "run-it-in-ci"]
+    assert "notebooks/index.html" in (pages / "index.html").read_text()
+
+
+def test_the_pages_are_small(pages):
+    size = sum(path.stat().st_size for path in pages.rglob("*") if path.is_file())
+    assert size < 25e6, f"{size / 1e6:.1f} MB"
+
+
+def test_no_page_names_a_script_or_style_of_another_host(pages):
+    for path in pages.rglob("*.html"):
+        for address in re.findall(r'<(?:script|link|img|iframe)[^>]*(?:src|href)="([^"]+)"', path.read_text()):
+            assert not address.startswith(("http:", "https:", "//")), (path.name, address)
+
+
+# ---- frozen and live -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", CHAPTERS, ids=lambda file: file.split("/")[1])
+def test_every_frozen_panel_equals_a_live_one_for_all_combinations(pages, file):
+    frozen = widgets_in(pages, file)
+    inspectors = [state for state in frozen if "tables" in state]
+    for state in inspectors:
+        live = SpteInspector(state["word"], state["format"])
+        for trait in ("tables", "leaves", "words"):
+            assert state[trait] == json.loads(json.dumps(getattr(live, trait))), trait
+    panels = [state for state in frozen if "settings" in state]
+    assert panels or inspectors
+    for state in panels:
+        live = by_title()[state["title"]]
+        assert set(state["states"]) == {" | ".join(combination) for combination in live.combinations()}
+        assert state["states"] == live.states
+    quizzes = [state for state in frozen if "asked" in state]
+    assert len(quizzes) >= 3 or file.endswith("index")
+
+
+CLICK_THEM_ALL = """panel => {
+  const settings = [...panel.querySelectorAll('.kvmbook-controls fieldset')].map(f => [...f.querySelectorAll('input')]);
+  const said = {};
+  const choose = (chosen, left) => {
+    if (!left.length) {
+      const key = chosen.map(input => input.value).join(' | ');
+      const figure = panel.querySelector('.kvmbook-figure');
+      const title = figure?.querySelector('svg title')?.textContent;
+      said[key] = [panel.querySelector('.kvmbook-readout').textContent, title];
+      return;
+    }
+    for (const input of left[0]) { input.click(); choose([...chosen, input], left.slice(1)); }
+  };
+  choose([], settings);
+  return said;
+}"""
+
+
+@pytest.mark.parametrize("file", CHAPTERS, ids=lambda file: file.split("/")[1])
+def test_every_combination_is_clicked_in_the_page_and_says_what_the_model_says(visit, pages, file):
+    seen = open_page(visit, f"{pages.as_uri()}/", file)
+    clicked = 0
+    for panel in seen.page.locator(".kvmbook-panel:has(.kvmbook-figure)").all():
+        live = by_title()[panel.locator(".kvmbook-title").inner_text()]
+        said = panel.evaluate(CLICK_THEM_ALL)
+        assert set(said) == set(live.states)
+        for key, (readout, title) in said.items():
+            assert readout == live.states[key]["readout"]
+            drawn = re.search(r"<title>(.*?)</title>", live.states[key]["svg"], re.S)[1]
+            assert title == drawn.replace("&lt;", "<").replace("&gt;", ">").replace("&quot;", '"').replace(
+                "&#x27;", "'"
+            ).replace("&amp;", "&")
+            clicked += 1
+    assert clicked or "10-" in file or "03-" in file
+    for quiz in seen.page.locator(".kvmbook-quiz").all():
+        assert quiz.locator(".kvmbook-readout").inner_text() == ""
+        quiz.locator("input").first.click()
+        quiz.get_by_role("button", name="Reveal").click()
+        predicted = quiz.locator("input").first.get_attribute("value")
+        asked = quiz.locator("legend").inner_text()
+        assert quiz.locator(".kvmbook-readout").inner_text() == live_quizzes()[asked].predict(predicted)
+    seen.clean()
+
+
+def live_quizzes(made={}):
+    """Every question of the book, by what is asked."""
+    if not made:
+        import importlib
+
+        for path in pathlib.Path(exercises.__file__).parent.glob("ch*.py"):
+            module = importlib.import_module(f"kvmbook.exercises.{path.stem}")
+            for name in dir(module):
+                if name.startswith("quiz_"):
+                    quiz = getattr(module, name)()
+                    made[quiz.asked] = quiz
+    return made
+
+
+def test_the_scheduler_is_played_to_a_loss_without_a_kernel(visit, pages):
+    seen = open_page(visit, f"{pages.as_uri()}/", "notebooks/10-every-interleaving")
+    panel = seen.page.locator(".kvmbook-scheduler").first
+    live = by_title()["You are the scheduler"]
+    live.start_again()
+    for _ in range(4):
+        step = live.possible()[0]
+        panel.locator(f'button[data-step="{step}"]').click()
+        assert panel.locator(".kvmbook-readout").inner_text() == live.do(step)
+    seen.clean()
+
+
+def test_the_keyboard_alone_drives_a_panel(visit, pages):
+    seen = open_page(visit, f"{pages.as_uri()}/", "notebooks/index")
+    page, live = seen.page, by_title()["Lose a write"]
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.closest('.kvmbook-panel') !== null"):
+            break
+    page.keyboard.press("ArrowRight")
+    readout = page.locator(".kvmbook-readout")
+    assert readout.inner_text() == live.states["on | if changed | nobody"]["readout"]
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("Tab")
+    page.keyboard.press("ArrowRight")
+    assert readout.inner_text() == live.states["off | never | nobody"]["readout"]
+
+
+# ---- every page ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("home", ["http", "file"])
+def test_no_page_asks_another_host(visit, pages, served, home):
+    home = served if home == "http" else f"{pages.as_uri()}/"
+    seen = visit(home)
+    for file in [*FILES, "genindex", "search"]:
+        seen.page.goto(f"{home}{file}.html", wait_until="networkidle")
+    seen.clean()
+
+
+@pytest.mark.parametrize("home", ["http", "file"])
+def test_search_finds_a_word_of_a_chapter(visit, pages, served, home):
+    home = served if home == "http" else f"{pages.as_uri()}/"
+    seen = visit(home)
+    seen.page.goto(f"{home}search.html?q=access-tracked")
+    seen.page.wait_for_selector("#search-results li a")
+    assert "A write that nobody saw" in seen.page.locator("#search-results").inner_text()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_but_the_themes_own(visit, pages, scheme):
+    vendor.fetch(ROOT / "build/vendor")
+    axe = (ROOT / "build/vendor/axe-core/axe.min.js").read_text()
+    for file in FILES:
+        seen = open_page(visit, f"{pages.as_uri()}/", file, color_scheme=scheme, bypass_csp=True)
+        seen.page.evaluate(axe)
+        found = seen.page.evaluate("axe.run(document, {resultTypes: ['violations']}).then(r => r.violations)")
+        ours = [
+            (violation["id"], node["html"][:200])
+            for violation in found
+            for node in violation["nodes"]
+            if THEME_FINDINGS.get(violation["id"], "nothing") not in node["html"]
+        ]
+        assert not ours, (file, ours)
+        seen.context.close()
+
+
+def test_a_phone_shows_every_page_without_sideways_scrolling(visit, pages):
+    seen = visit(f"{pages.as_uri()}/", viewport={"width": 390, "height": 844})
+    for file in FILES:
+        seen.page.goto(f"{pages.as_uri()}/{file}.html")
+        seen.page.wait_for_load_state("load")
+        assert seen.page.evaluate("document.documentElement.scrollWidth") <= 390, file
+
+
+def test_the_pdf_is_one_book(pages, browser, tmp_path):
+    pdf.print_book(pages, tmp_path / "book.pdf", browser)
+    printed = (tmp_path / "book.pdf").read_bytes()
+    assert printed.startswith(b"%PDF-") and len(re.findall(rb"/Type\s*/Page\b", printed)) > 50
+    whole = pdf.one_page(pages)
+    named = set(re.findall(r'\bid="([^"]+)"', whole))
+    assert set(re.findall(r'href="#([^"]+)"', whole)) <= named
+    assert not list(pages.glob("print.html"))
+
+
+# ---- what stops the build --------------------------------------------------------------------------------------------
+
+
+def small_book(tmp_path, *cells):
+    """A book of one chapter."""
+    (tmp_path / "book/static").mkdir(parents=True)
+    (tmp_path / "book/static/kvmbook.css").write_text("")
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "_config.yml").write_text((ROOT / "_config.yml").read_text())
+    (tmp_path / "_toc.yml").write_text("format: jb-book\nroot: notebooks/01-small\n")
+    notebook = new_notebook(cells=[new_markdown_cell("# Small", id="small-1"), *cells])
+    nbformat.write(notebook, tmp_path / "notebooks/01-small.ipynb")
+    return tmp_path
+
+
+def refused(tmp_path, *cells, stored=True):
+    with pytest.raises(SystemExit) as stopped:
+        book.build(tmp_path / "out", stored, small_book(tmp_path, *cells))
+    return str(stopped.value)
+
+
+def test_a_chapter_that_fails_to_run_stops_the_build(tmp_path):
+    said = refused(tmp_path, new_code_cell("1 / 0", id="small-2"), stored=False)
+    assert "01-small.ipynb, cell 2 (small-2)" in said and "ZeroDivisionError" in said
+
+
+@pytest.mark.parametrize(
+    ("target", "reason"), [("02-nothing.ipynb", "02-nothing.ipynb"), ("01-small.ipynb#nowhere", "nowhere")]
+)
+def test_a_dead_link_stops_the_build(tmp_path, target, reason):
+    said = refused(tmp_path, new_markdown_cell(f"See [there]({target}).", id="small-2"))
+    assert "notebooks/01-small.ipynb, cell 2" in said and reason in said, said
+
+
+PLOT = new_output("display_data", {"image/png": "iVBORw0KGgo="})
+DRAWING = new_output("display_data", {"image/svg+xml": "<svg></svg>"})
+WIDGET = new_output("display_data", {book.WIDGET_VIEW: {"model_id": "1", "version_major": 2, "version_minor": 0}})
+
+
+@pytest.mark.parametrize(
+    ("cell", "said"),
+    [
+        (new_markdown_cell("![](there.png)", id="small-2"), "an image without alt text: ![](there.png)"),
+        (new_markdown_cell('<img src="a.png">', id="small-2"), "an image without alt text: <img"),
+        (new_code_cell("", id="small-2", outputs=[PLOT]), "a plot without alt text"),
+        (new_code_cell("", id="small-2", outputs=[DRAWING]), "a picture without a <title>"),
+        (new_code_cell("", id="small-2", outputs=[WIDGET]), "a widget that needs a kernel: its state is not stored"),
+    ],
+)
+def test_a_page_that_would_be_broken_stops_the_build(tmp_path, cell, said):
+    assert f"notebooks/01-small.ipynb: cell 2 (small-2): {said}" in refused(tmp_path, cell)
+
+
+def test_a_panel_that_does_not_carry_its_states_cannot_be_frozen():
+    notebook = new_notebook(cells=[new_code_cell("panel", id="a", outputs=[WIDGET])])
+    settings = [{"name": "n", "options": ["1", "2"]}, {"name": "m", "options": ["3"]}]
+    panel = {"_esm": "...", "title": "Half", "settings": settings, "states": {"1 | 3": {}}}
+    notebook.metadata["widgets"] = {store_outputs.WIDGET_STATE: {"state": {"1": {"state": panel}}}}
+    assert list(book.problems(notebook)) == [
+        "cell 1 (a): panel 'Half' does not carry 1 of its combinations, such as 2 | 3"
+    ]
+    notebook.metadata["widgets"][store_outputs.WIDGET_STATE]["state"]["1"]["state"] = {"_model_name": "IntSliderModel"}
+    assert list(book.problems(notebook)) == ["cell 1 (a): a widget that needs a kernel: IntSliderModel"]
+
+
+def test_what_npm_brings_is_checked(tmp_path, monkeypatch):
+    lock = {"requirejs": {"version": "2.3.8", "integrity": "sha512-another", "files": ["require.js"]}}
+    (tmp_path / "vendor.json").write_text(json.dumps(lock))
+    monkeypatch.setattr(vendor, "LOCK", tmp_path / "vendor.json")
+    with pytest.raises(SystemExit, match=r"requirejs-2.3.8.tgz: its checksum is sha512-"):
+        vendor.fetch(tmp_path)
+    assert not (tmp_path / "requirejs").exists()
