@@ -19,13 +19,14 @@ from kvmbook.spte import PG_LEVEL_4K, Changed, pages_per_level
 
 def kvm_age_gfn(m: Machine, start: int, end: int) -> bool:
     """Age the gfns of [start, end), huge pages as one. Returns whether any was young.
-    Source: mmu/mmu.c: kvm_age_gfn(), mmu/tdp_mmu.c: age_gfn_range()."""
+    Source: mmu/mmu.c: kvm_age_gfn(), mmu/tdp_mmu.c: kvm_tdp_mmu_age_gfn_range(), v5.19."""
     visited = m.update_rmap_leaves(start, end, m.fmt.mmu_spte_age) + m.update_tdp_leaves(start, end, m.fmt.mmu_spte_age)
     return any(np.any(aged.young) for _, aged in visited)
 
 
 def kvm_test_age_gfn(m: Machine, start: int, end: int) -> bool:
-    """Whether any gfn of [start, end) is young. Changes nothing. Source: kvm_test_age_gfn(), test_age_gfn()."""
+    """Whether any gfn of [start, end) is young. Changes nothing.
+    Source: mmu/mmu.c: kvm_test_age_gfn(), mmu/tdp_mmu.c: test_age_gfn(), v5.19."""
     return any(
         m.fmt.is_accessed_spte(spte)
         for _, gfn, level, spte in m.page_tables.leaves()
@@ -35,7 +36,7 @@ def kvm_test_age_gfn(m: Machine, start: int, end: int) -> bool:
 
 def kvm_unmap_gfn_range(m: Machine, start: int, end: int) -> bool:
     """Zap the leaves over [start, end). Returns whether there were any.
-    Source: kvm_unmap_gfn_range(), kvm_tdp_mmu_zap_leafs(), v5.19."""
+    Source: mmu/mmu.c: kvm_unmap_gfn_range(), mmu/tdp_mmu.c: kvm_tdp_mmu_zap_leafs(), v5.19."""
 
     def zap(spte: Spte) -> Changed:
         return Changed(spte & 0, True)
@@ -68,7 +69,8 @@ class Notifier(Operation):
 @dataclass(eq=False)
 class ClearYoung(Notifier):
     """Age without a flush: a page that looks idle a little too early does no harm, the host reckons.
-    Source: kvm_mmu_notifier_clear_young(), v5.19."""
+    Source: include/linux/mmu_notifier.h: clear_young() (of struct mmu_notifier_ops),
+    virt/kvm/kvm_main.c: kvm_mmu_notifier_clear_young(), v5.19."""
 
     steps = ("kvm_age_gfn",)
 
@@ -81,7 +83,7 @@ class ClearYoung(Notifier):
 @dataclass(eq=False)
 class ClearFlushYoung(Notifier):
     """Age, and flush before unlocking if something was young (until v6.12).
-    Source: kvm_mmu_notifier_clear_flush_young(), v5.19."""
+    Source: virt/kvm/kvm_main.c: kvm_mmu_notifier_clear_flush_young(), v5.19."""
 
     steps = ("kvm_age_gfn", "kvm_flush_remote_tlbs")
 
@@ -99,7 +101,7 @@ class ClearFlushYoung(Notifier):
 
 @dataclass(eq=False)
 class TestYoung(Notifier):
-    """Ask, and change nothing. Source: kvm_mmu_notifier_test_young(), v5.19."""
+    """Ask, and change nothing. Source: virt/kvm/kvm_main.c: kvm_mmu_notifier_test_young(), v5.19."""
 
     steps = ("kvm_test_age_gfn",)
 
@@ -112,7 +114,8 @@ class TestYoung(Notifier):
 @dataclass(eq=False)
 class InvalidateRange(Notifier):
     """The host is about to change its mapping: zap, flush before unlocking, and until the end of the call make faults on
-    these gfns retry. Source: kvm_mmu_notifier_invalidate_range_start() and _end(), v5.19."""
+    these gfns retry. Source: virt/kvm/kvm_main.c: kvm_mmu_notifier_invalidate_range_start(),
+    kvm_mmu_notifier_invalidate_range_end(), v5.19."""
 
     steps = ("kvm_unmap_gfn_range", "kvm_flush_remote_tlbs", "invalidate_range_end")
 
@@ -138,7 +141,7 @@ class InvalidateRange(Notifier):
 class ChangePte(Notifier):
     """The host put another frame behind one page (KSM): follow it, read-only, or zap if the new page is writable.
     Both flush before unlocking, if there was anything.
-    Source: kvm_set_spte_gfn(), kvm_mmu_notifier_change_pte(), v5.19 (gone since v6.10)."""
+    Source: mmu/mmu.c: kvm_set_spte_gfn(), virt/kvm/kvm_main.c: kvm_mmu_notifier_change_pte(), v5.19 (gone since v6.10)."""
 
     steps = ("kvm_set_spte_gfn", "kvm_flush_remote_tlbs")
 

@@ -104,6 +104,7 @@ class DirtyLogOperation(Operation):
 
     @step()
     def kvm_arch_flush_remote_tlbs_memslot(self, m: Machine) -> None:
+        """Every vCPU forgets. Source: mmu/mmu.c, v5.19."""
         m.kvm_flush_remote_tlbs()
 
     @step()
@@ -118,7 +119,7 @@ class DirtyLogOperation(Operation):
 @dataclass(eq=False)
 class GetDirtyLog(DirtyLogOperation):
     """Report the dirty pages of a slot, and re-arm them; with manual protect only report.
-    ``result``: bool array, one per page. Source: kvm_get_dirty_log_protect(), v5.19."""
+    ``result``: bool array, one per page. Source: virt/kvm/kvm_main.c: kvm_get_dirty_log_protect(), v5.19."""
 
     def begin(self, m: Machine) -> None:
         self.slot = self.find_slot(m)
@@ -153,7 +154,7 @@ class ClearDirtyLog(DirtyLogOperation):
     """Clear and re-arm the pages that user space names, if they are dirty.
 
     ``bitmap``: bool array of shape (num_pages,), the pages from ``first_page`` of the slot.
-    Source: kvm_clear_dirty_log_protect(), v5.19.
+    Source: virt/kvm/kvm_main.c: kvm_clear_dirty_log_protect(), v5.19.
     """
 
     first_page: int
@@ -191,7 +192,8 @@ class ClearDirtyLog(DirtyLogOperation):
 class ResetDirtyRings(Operation):
     """Free the ring entries that user space has harvested and re-arm their pages; flush once if there were any, after
     slots_lock is dropped.
-    ``result``: how many entries. Source: kvm_vm_ioctl_reset_dirty_pages(), kvm_dirty_ring_reset(), v5.19."""
+    ``result``: how many entries.
+    Source: virt/kvm/kvm_main.c: kvm_vm_ioctl_reset_dirty_pages(), virt/kvm/dirty_ring.c: kvm_dirty_ring_reset(), v5.19."""
 
     taken: list[tuple[int, int]] = field(default_factory=list, init=False)
 

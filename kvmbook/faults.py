@@ -46,7 +46,7 @@ def access(m: Machine, vcpu: VcpuState, kind: str, gfn: int, root: Root) -> Outc
 
     Returns HIT or WALK if it retired, FAULT if ``vcpu.fault`` is now in flight, PML_FULL or RING_FULL if the vCPU left
     the guest instead. Raises ValueError while an earlier fault is in flight.
-    Source: the CPU manuals; the ring check is vcpu_enter_guest() in arch/x86/kvm/x86.c, v5.19.
+    The rules are the CPU manuals'. Source: arch/x86/kvm/x86.c: vcpu_enter_guest() (the ring check), v5.19.
     """
     if kind not in ACCESSES:
         raise ValueError(f"an access is one of {', '.join(ACCESSES)}; got {kind!r}")
@@ -125,7 +125,7 @@ class PageFault(Operation):
 
     ``present``: the translation that faulted allowed something. ``slot`` and ``generation`` are as of the exit: that is
     why publishing a memslot must wait for it. ``result`` becomes the Outcome.
-    Source: mmu/mmu.c: struct kvm_page_fault, direct_page_fault(), v5.19.
+    Source: mmu/mmu_internal.h: struct kvm_page_fault, mmu/mmu.c: direct_page_fault(), v5.19.
     """
 
     vcpu: int
@@ -150,7 +150,7 @@ class PageFault(Operation):
             self.todo = ["x86_emulate_instruction"]
 
     def _may_be_fast(self, m: Machine) -> bool:
-        """Source: page_fault_can_be_fast(), v5.19."""
+        """Source: mmu/mmu.c: page_fault_can_be_fast(), v5.19."""
         if not self.root.direct:
             return False
         return self.kind == "write" if self.present else not m.fmt.kvm_ad_enabled
@@ -182,7 +182,7 @@ class PageFault(Operation):
 
     @step()
     def fast_page_fault(self, m: Machine) -> str:
-        """Read the SPTE and decide. Source: mmu/mmu.c: fast_page_fault(), v5.19."""
+        """Read the SPTE and decide. Source: mmu/mmu.c, v5.19."""
         fmt, found = m.fmt, m.page_tables.walk(self.root, self.gfn)
         self.todo = ["kvm_faultin_pfn"]
         if found is None or not fmt.is_shadow_present_pte(found.spte):
@@ -205,7 +205,7 @@ class PageFault(Operation):
 
     @step()
     def fast_pf_fix_direct_spte(self, m: Machine) -> str:
-        """Compare and exchange; the mark comes after. Source: fast_pf_fix_direct_spte(), v5.19."""
+        """Compare and exchange; the mark comes after. Source: mmu/mmu.c, v5.19."""
         assert self.sptep is not None
         if self.sptep.table not in m.page_tables.tables or m.page_tables.read(self.sptep) != self.old_spte:
             self.retries += 1
@@ -225,7 +225,7 @@ class PageFault(Operation):
         return "dirty" if self.slot is not None and self.slot.logs_dirty else "the slot does not log"
 
     def _allowed(self, m: Machine, spte: int) -> bool:
-        """Source: is_access_allowed(), v5.19."""
+        """Source: mmu/mmu.c: is_access_allowed(), v5.19."""
         return bool(m.fmt.hardware_rights(spte).allow(self.kind))
 
     # ---- the slow path: mmu_lock for read in the TDP MMU, for write in the legacy MMU -------------------------------
@@ -236,7 +236,7 @@ class PageFault(Operation):
 
     @step()
     def kvm_faultin_pfn(self, m: Machine) -> str | None:
-        """Ask the host for the frame, and note how many notifier calls came before. Source: kvm_faultin_pfn(), v5.19."""
+        """Ask the host for the frame, and note how many notifier calls came before. Source: mmu/mmu.c, v5.19."""
         self.mmu_seq = m.mmu_notifier_seq
         if self.slot is None or (self.kind == "write" and self.slot.readonly):
             self._over(m, Outcome.MMIO)
@@ -254,7 +254,7 @@ class PageFault(Operation):
     @step(lock="write")
     def do_wp_page(self, m: Machine) -> str | None:
         """The host breaks copy-on-write: another frame, and its notifiers make KVM zap the old one, and flush if it was
-        mapped."""
+        mapped. Source: mm/memory.c, v5.19."""
         assert self.slot is not None
         self.todo = ["kvm_faultin_pfn"]
         if m.host.lookup(self.slot.hva(self.gfn)).writable:
@@ -268,7 +268,7 @@ class PageFault(Operation):
     @step(lock="fault", keeps=True)
     def make_spte(self, m: Machine) -> str | None:
         """Walk down, make room, and build the leaf; a page that becomes writable is marked *before* the SPTE is stored.
-        Source: kvm_tdp_mmu_map(), and __direct_map() for the legacy MMU, v5.19."""
+        Source: mmu/tdp_mmu.c: kvm_tdp_mmu_map(), mmu/mmu.c: __direct_map() (the legacy MMU), v5.19."""
         assert self.slot is not None and self.page is not None
         raced = m.mmu_notifier_seq != self.mmu_seq or any(a <= self.gfn < b for a, b in m.invalidating)
         goal = self._goal_level(m)
@@ -303,7 +303,7 @@ class PageFault(Operation):
 
     def _goal_level(self, m: Machine) -> int:
         """4K in a slot that logs, and for a fetch if huge pages are never executable; else as large as may be.
-        Source: kvm_mmu_hugepage_adjust(), v5.19."""
+        Source: mmu/mmu.c: kvm_mmu_hugepage_adjust(), v5.19."""
         assert self.slot is not None
         if self.slot.logs_dirty or (m.nx_huge_pages and self.kind == "fetch"):
             return PG_LEVEL_4K
@@ -321,7 +321,7 @@ class PageFault(Operation):
 
     @step(lock="fault", keeps=True)
     def unfreeze(self, m: Machine) -> str | None:
-        """Source: tdp_mmu_zap_spte_atomic(), v5.19."""
+        """Source: mmu/tdp_mmu.c: tdp_mmu_zap_spte_atomic(), v5.19."""
         assert self.sptep is not None
         if self._table_is_gone(m):
             return "the table was removed meanwhile"
@@ -331,7 +331,7 @@ class PageFault(Operation):
     @step(lock="fault")
     def set_spte(self, m: Machine) -> str | None:
         """Store the leaf: compare and exchange in the TDP MMU, mmu_spte_update() in the legacy MMU.
-        Source: tdp_mmu_map_handle_target_level(), mmu_set_spte(), v5.19."""
+        Source: mmu/tdp_mmu.c: tdp_mmu_map_handle_target_level(), mmu/mmu.c: mmu_set_spte(), v5.19."""
         assert self.sptep is not None
         if self._table_is_gone(m):
             return "the table was removed meanwhile"
@@ -358,7 +358,7 @@ class PageFault(Operation):
 
     @step()
     def x86_emulate_instruction(self, m: Machine) -> None:
-        """KVM does the write itself, and knows it."""
+        """KVM does the write itself, and knows it. Source: arch/x86/kvm/x86.c, v5.19."""
         slot = m.memslots.gfn_to_memslot(self.gfn)
         if slot is None or slot.invalid or slot.readonly:
             self._over(m, Outcome.MMIO)

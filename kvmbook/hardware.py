@@ -14,6 +14,7 @@ PML_ENTITY_NUM = 512
 class Hardware:
     """One kind of CPU. ``tdp``: it translates guest addresses itself (EPT, NPT). ``tdp_mmu``: KVM keeps its tables in
     the TDP MMU (else in the legacy MMU, with rmaps). ``pml_entries``: length of the page-modification log, 0 without.
+    Source: arch/x86/kvm/mmu.h: is_tdp_mmu_enabled() (the field ``tdp_mmu``), v5.19.
     """
 
     format: SpteFormat
@@ -54,7 +55,8 @@ class Hardware:
 
     @property
     def cpu_dirty_log_size(self) -> int:
-        """How many entries the CPU's own dirty log has; 0 = no PML. Source: kvm_x86_ops.cpu_dirty_log_size, v5.19."""
+        """How many entries the CPU's own dirty log has; 0 = no PML.
+        Source: arch/x86/include/asm/kvm_host.h: cpu_dirty_log_size (of struct kvm_x86_ops), v5.19."""
         return self.pml_entries
 
     @property

@@ -13,7 +13,8 @@ from kvmbook.spte import KVM_MAX_HUGEPAGE_LEVEL, PAGE_SHIFT, PG_LEVEL_2M, PG_LEV
 def disallow_lpage(m: Machine, slot: MemorySlot, gfn: int, level: int) -> bool:
     """Whether the range of ``level`` around ``gfn`` must not be mapped by one SPTE: it sticks out of the slot, gfn and
     user address are not aligned alike, or a write-tracked page lies in it. Dirty logging is *not* among the reasons.
-    Source: struct kvm_lpage_info, kvm_alloc_memslot_metadata(), v5.19."""
+    Source: arch/x86/include/asm/kvm_host.h: struct kvm_lpage_info,
+    arch/x86/kvm/x86.c: kvm_alloc_memslot_metadata(), v5.19."""
     pages = pages_per_level(level)
     first = gfn & -pages
     return (
@@ -43,7 +44,8 @@ def tdp_mmu_split_huge_pages(m: Machine, start: int, end: int) -> None:
 
 
 def shadow_mmu_split_huge_pages(m: Machine, start: int, end: int) -> None:
-    """The same for the huge pages of nested guests (v6.0, ada51a9de725). Source: mmu/mmu.c."""
+    """The same for the huge pages of nested guests (ada51a9de725).
+    Source: mmu/mmu.c: kvm_shadow_mmu_try_split_huge_pages(), v6.0."""
     for level in range(KVM_MAX_HUGEPAGE_LEVEL, PG_LEVEL_4K, -1):
         for sptep in m.page_tables.rmap_leaves(start, end, min_level=level, max_level=level):
             m.page_tables.split(sptep, m.nx_huge_pages)

@@ -1,5 +1,4 @@
 // The view of kvmbook.inspector.SpteInspector. It knows no rule about SPTEs: it looks bits up in the tables that Python made.
-let count = 0;
 
 // ---- looking up (also run by the tests, without a browser) ----
 
@@ -38,21 +37,6 @@ export function parsed(said) {
 
 // ---- showing ----
 
-function element(name, attributes = {}, ...children) {
-  const made = document.createElement(name);
-  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
-  made.append(...children);
-  return made;
-}
-
-const OWN_KEYS = { "data-lm-suppress-shortcuts": "true" };  // JupyterLab would take some keys for itself
-
-function button(said, act) {
-  const made = element("button", { type: "button", ...OWN_KEYS }, said);
-  made.addEventListener("click", act);
-  return made;
-}
-
 function bitButton(bit, flip) {
   const made = element("button", { type: "button", class: "kvmbook-bit", tabindex: "-1", ...OWN_KEYS },
     element("small", {}, String(bit)), element("b"), element("i"));
@@ -78,7 +62,7 @@ function target(bits, here, key) {
 }
 
 function render({ model, el }) {
-  const group = `kvmbook-inspector-${count++}-${Math.random().toString(36).slice(2)}`;
+  const group = `kvmbook-${Math.random().toString(36).slice(2)}`;
   const { bad, undo: most, patterns, operations, look: looks, kinds, ink, changed: orange } = model.get("words");
   const leaves = model.get("leaves"), tables = model.get("tables");
   const table = (format = model.get("format")) => tables[leaves[format].table];
@@ -114,12 +98,7 @@ function render({ model, el }) {
 
   // ---- what never changes ----
 
-  const formats = element("fieldset", {}, element("legend", {}, "format"));
-  for (const format of Object.keys(leaves)) {
-    const input = element("input", { type: "radio", name: group, value: format, ...OWN_KEYS });
-    input.addEventListener("change", () => go({ format }));
-    formats.append(element("label", {}, input, element("span", {}, format)));
-  }
+  const formats = radioGroup("format", Object.keys(leaves), (format) => go({ format }));
 
   const bits = Array.from({ length: 64 }, (_, bit) =>
     bitButton(bit, () => go({ word: hex(BigInt(`0x${model.get("word")}`) ^ (1n << BigInt(bit))) })));
@@ -180,7 +159,7 @@ function render({ model, el }) {
   }
   const back = button("Undo", takeBack);
   doing.append(back);
-  const readout = element("p", { class: "kvmbook-readout", role: "status", "aria-live": "polite" });
+  const readout = readoutLine();
   const helpers = element("ul", { class: "kvmbook-helpers", "aria-label": "what the helpers answer" });
   for (const helper of Object.keys(table().helpers)) {
     const row = element("li", { tabindex: "0", "data-helper": helper, ...OWN_KEYS }, element("code", {}, helper), element("span"));
@@ -235,7 +214,7 @@ function render({ model, el }) {
   function draw() {
     const format = model.get("format"), word = model.get("word"), { names, fields } = table();
     const { state, answers, readout: said } = reading(table(), patterns, word, model.get("steps"));
-    for (const input of formats.querySelectorAll("input")) input.checked = input.value === format;
+    check(formats, format);
     drawBits(word, names, fields);
     drawMaking(format);
     if (el.dataset.word !== word) {

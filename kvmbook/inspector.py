@@ -8,7 +8,6 @@ model says, with a kernel behind it or without.
 from __future__ import annotations
 
 import functools
-import pathlib
 import random
 import re
 import string
@@ -32,6 +31,7 @@ from kvmbook.spte import (
     SPTE_TDP_AD_WRPROT_ONLY_MASK,
     SpteFormat,
 )
+from kvmbook.views import script, style
 from kvmbook.word_figures import (
     ABOUT_KINDS,
     ADDRESS,
@@ -46,7 +46,6 @@ from kvmbook.word_figures import (
     without_word,
 )
 
-HERE = pathlib.Path(__file__).parent
 PATTERNS = string.digits + string.ascii_letters  # one letter says which answer a pattern gets
 SAMPLE = 1600  # words that are asked to find the bits that matter
 SPECIAL = (0, REMOVED_SPTE)  # known by all their 64 bits: too many for a table
@@ -362,8 +361,8 @@ class SpteInspector(anywidget.AnyWidget):
     (key of `OPERATIONS` or "", word before, format before). The buttons do what the methods do.
     """
 
-    _esm = HERE / "inspector.js"
-    _css = (HERE / "panel.css").read_text() + (HERE / "inspector.css").read_text()
+    _esm = script("inspector")
+    _css = style("inspector")
     title = traitlets.Unicode().tag(sync=True)
     word = traitlets.Unicode().tag(sync=True)
     format = traitlets.Unicode().tag(sync=True)

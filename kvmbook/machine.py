@@ -56,7 +56,8 @@ class Counters:
 
 def step(lock: str | None = None, keeps: bool = False) -> Callable[[StepFunction], StepFunction]:
     """Mark a method as one atomic step. ``lock``: how it needs mmu_lock, "read" or "write". ``keeps``: if the next step
-    needs the lock too, it is not let go, so that nobody else who needs it comes in between."""
+    needs the lock too, it is not let go, so that nobody else who needs it comes in between.
+    Source: include/linux/kvm_host.h: mmu_lock (of struct kvm), v5.19."""
 
     def mark(function: StepFunction) -> StepFunction:
         setattr(function, "lock", lock)
@@ -85,7 +86,8 @@ class Operation:
 
     @property
     def needs_slots_lock(self) -> bool:
-        """Whether it holds slots_lock, or waits for it: such operations go one after the other."""
+        """Whether it holds slots_lock, or waits for it: such operations go one after the other.
+        Source: include/linux/kvm_host.h: slots_lock (of struct kvm), v5.19."""
         return False
 
     @step()
@@ -263,13 +265,14 @@ class Machine:
             self.mark_page_dirty_in_slot(self.memslots.gfn_to_memslot(gfn), gfn, vcpu)
 
     def kick_all(self) -> None:
-        """Ask each vCPU that runs the guest to leave it, and do not wait. Source: kvm_make_all_cpus_request()."""
+        """Ask each vCPU that runs the guest to leave it, and do not wait.
+        Source: virt/kvm/kvm_main.c: kvm_make_all_cpus_request(), v5.19."""
         for vcpu in self.vcpus:
             vcpu.kicked = vcpu.fault is None
 
     def kvm_flush_remote_tlbs(self) -> None:
         """Flush every vCPU's TLB. Each that runs the guest takes an IPI and an exit. Slot ranges are not told apart:
-        only hosts under Hyper-V can do that. Source: kvm_flush_remote_tlbs(), v5.19."""
+        only hosts under Hyper-V can do that. Source: virt/kvm/kvm_main.c, v5.19."""
         self.counters.flushes += 1
         for vcpu in self.vcpus:
             if vcpu.fault is None:
@@ -297,7 +300,8 @@ class Machine:
     def update_rmap_leaves(
         self, start: int, end: int, rule: Rule, min_level: int = PG_LEVEL_4K, max_level: int = KVM_MAX_HUGEPAGE_LEVEL
     ) -> list[tuple[Spte, Any]]:
-        """The same for the legacy MMU's leaves, one SPTE at a time."""
+        """The same for the legacy MMU's leaves, one SPTE at a time.
+        Source: mmu/mmu.c: slot_handle_level(), slot_handle_level_4k(), v5.19."""
         visited = []
         for sptep in self.page_tables.rmap_leaves(start, end, min_level, max_level):
             old = self.page_tables.read(sptep)
@@ -316,7 +320,7 @@ class Machine:
         self.page_tables.free(freed)
 
     def zap_all(self) -> None:
-        """Drop every tree of the VM, and flush. Source: kvm_mmu_zap_all_fast(), v5.19."""
+        """Drop every tree of the VM, and flush. Source: mmu/mmu.c: kvm_mmu_zap_all_fast(), v5.19."""
         for _, _, _, spte in self.page_tables.leaves():
             self.tell_host(spte, 0)
         self.page_tables.zap_all()
@@ -332,17 +336,18 @@ class Machine:
     @property
     def have_rmaps(self) -> bool:
         """Whether a slot-wide pass must visit the rmaps: the TDP MMU is off, or a nested guest has run.
-        Source: kvm_memslots_have_rmaps(), v5.19."""
+        Source: arch/x86/kvm/mmu.h: kvm_memslots_have_rmaps(), v5.19."""
         return not self.hardware.tdp_mmu or self.page_tables.shadow_root_allocated
 
     @property
     def pml_on(self) -> bool:
-        """Whether vCPUs run with PML switched on: some slot logs. Source: vmx_update_cpu_dirty_logging()."""
+        """Whether vCPUs run with PML switched on: some slot logs.
+        Source: arch/x86/kvm/vmx/vmx.c: vmx_update_cpu_dirty_logging(), v5.19."""
         return bool(self.hardware.cpu_dirty_log_size) and self.nr_memslots_dirty_logging > 0
 
     def mark_page_dirty_in_slot(self, slot: MemorySlot | None, gfn: int, vcpu: VcpuState | None) -> None:
         """Log a write, if the slot logs: in the running vCPU's ring if rings are used, else in the bitmap.
-        Source: mark_page_dirty_in_slot(), v5.19."""
+        Source: virt/kvm/kvm_main.c, v5.19."""
         if slot is None or not slot.logs_dirty:
             return
         if self.dirty_ring_size:

@@ -92,14 +92,15 @@ class SetUserMemoryRegion(Operation):
 
     @step()
     def kvm_invalidate_memslot(self, m: Machine) -> None:
-        """Replace the slot by an invalid copy, so that new faults keep off it."""
+        """Replace the slot by an invalid copy, so that new faults keep off it. Source: virt/kvm/kvm_main.c, v5.19."""
         assert self.old is not None
         m.unwatch(self.old)
         m.memslots.publish(replace(self.old, invalid=True), self.old.as_id, self.old.id)
 
     @step(lock="write")
     def kvm_mmu_zap_all_fast(self, m: Machine) -> None:
-        """Drop all tables of the VM and flush; v5.19 does not zap by slot. Tracking of guest page tables ends with it."""
+        """Drop all tables of the VM and flush; v5.19 does not zap by slot. Tracking of guest page tables ends with it.
+        Source: mmu/mmu.c, v5.19."""
         assert self.old is not None
         m.zap_all()
         if self.old.as_id == 0:
@@ -107,7 +108,7 @@ class SetUserMemoryRegion(Operation):
 
     @step()
     def kvm_swap_active_memslots(self, m: Machine) -> None:
-        """Publish: whoever looks a slot up from here on finds the new one."""
+        """Publish: whoever looks a slot up from here on finds the new one. Source: virt/kvm/kvm_main.c, v5.19."""
         if not (self.new and self.new.logs_dirty):
             m.unwatch(self.slot)
         m.memslots.publish(self.new, self.slot.as_id, self.slot.id)
@@ -115,19 +116,20 @@ class SetUserMemoryRegion(Operation):
     @step()
     def synchronize_srcu(self, m: Machine) -> None:
         """Every vCPU that was handling an exit with the old slot has finished. Then all are kicked: they leave the guest,
-        and nothing is flushed."""
+        and nothing is flushed. Source: virt/kvm/kvm_main.c: kvm_swap_active_memslots() (the wait in it), v5.19."""
         m.kick_all()
 
     @step()
     def kvm_arch_commit_memory_region(self, m: Machine) -> None:
-        """Look at the change and plan the rest."""
+        """Look at the change and plan the rest. Source: arch/x86/kvm/x86.c, v5.19."""
         self.todo = kvm_mmu_slot_apply_flags(m, self.change, self.old, self.new) + ["return_to_user_space"]
 
     # ---- the steps of kvm_mmu_slot_apply_flags() --------------------------------------------------------------------
 
     @step()
     def kvm_mmu_update_cpu_dirty_logging(self, m: Machine) -> str:
-        """Switch PML with the first slot that logs and the last; each vCPU leaves the guest to do so."""
+        """Switch PML with the first slot that logs and the last; each vCPU leaves the guest to do so.
+        Source: arch/x86/kvm/x86.c, v5.19."""
         before = m.pml_on
         m.nr_memslots_dirty_logging += 1 if self.new and self.new.logs_dirty else -1
         for vcpu in m.vcpus:
@@ -154,29 +156,30 @@ class SetUserMemoryRegion(Operation):
 
     @step(lock="write")
     def clear_dirty_rmap(self, m: Machine) -> str | None:
-        """kvm_mmu_slot_leaf_clear_dirty(), rmap side."""
+        """The pass over the rmap side. Source: mmu/mmu.c: kvm_mmu_slot_leaf_clear_dirty(), v5.19."""
         return self._pass(m, "clear_dirty_rmap", lambda a, b: wrprot.slot_rmap_clear_dirty(m, a, b))
 
     @step(lock="read")
     def clear_dirty_tdp(self, m: Machine) -> str | None:
-        """kvm_mmu_slot_leaf_clear_dirty(), TDP side."""
+        """The pass over the TDP side. Source: mmu/mmu.c: kvm_mmu_slot_leaf_clear_dirty(), v5.19."""
         return self._pass(m, "clear_dirty_tdp", lambda a, b: wrprot.kvm_tdp_mmu_clear_dirty_slot(m, a, b))
 
     @step(lock="write")
     def write_protect_rmap(self, m: Machine) -> str | None:
-        """kvm_mmu_slot_remove_write_access(), rmap side."""
+        """The pass over the rmap side. Source: mmu/mmu.c: kvm_mmu_slot_remove_write_access(), v5.19."""
         level = self._start_level(m)
         return self._pass(m, "write_protect_rmap", lambda a, b: wrprot.slot_rmap_write_protect(m, a, b, level))
 
     @step(lock="read")
     def write_protect_tdp(self, m: Machine) -> str | None:
-        """kvm_mmu_slot_remove_write_access(), TDP side."""
+        """The pass over the TDP side. Source: mmu/mmu.c: kvm_mmu_slot_remove_write_access(), v5.19."""
         level = self._start_level(m)
         return self._pass(m, "write_protect_tdp", lambda a, b: wrprot.kvm_tdp_mmu_wrprot_slot(m, a, b, level))
 
     @step()
     def flush_if_owed(self, m: Machine) -> str:
-        """Up to v5.19: flush iff the pass before found a reason."""
+        """Up to v5.19: flush iff the pass before found a reason.
+        Source: mmu/mmu.c: kvm_mmu_slot_remove_write_access(), kvm_mmu_slot_leaf_clear_dirty(), v5.19."""
         owed, self.flush = self.flush, False
         if owed:
             m.kvm_flush_remote_tlbs()
@@ -184,7 +187,8 @@ class SetUserMemoryRegion(Operation):
 
     @step()
     def flush_always(self, m: Machine) -> str:
-        """Since b64d740ea7dd: flush once, whatever the passes met."""
+        """Since b64d740ea7dd: flush once, whatever the passes met.
+        Source: arch/x86/kvm/x86.c: kvm_mmu_slot_apply_flags(), mmu/mmu.c: kvm_arch_flush_remote_tlbs_memslot(), v6.0."""
         m.kvm_flush_remote_tlbs()
         return "flush"
 

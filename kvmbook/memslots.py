@@ -57,7 +57,7 @@ class MemorySlot:
 
     @property
     def logs_dirty(self) -> bool:
-        """Source: kvm_slot_dirty_track_enabled(), v5.19."""
+        """Source: include/linux/kvm_host.h: kvm_slot_dirty_track_enabled(), v5.19."""
         return bool(self.flags & KVM_MEM_LOG_DIRTY_PAGES)
 
     @property
@@ -65,7 +65,7 @@ class MemorySlot:
         return bool(self.flags & KVM_MEM_READONLY)
 
     def hva(self, gfn: int) -> int:
-        """The user address of ``gfn``. Source: __gfn_to_hva_memslot()."""
+        """The user address of ``gfn``. Source: include/linux/kvm_host.h: __gfn_to_hva_memslot(), v5.19."""
         return self.userspace_addr + ((gfn - self.base_gfn) << PAGE_SHIFT)
 
     def new_bitmap(self, full: bool) -> np.ndarray:
@@ -113,7 +113,7 @@ def bit_offsets(word: int) -> list[int]:
 
 
 class Change(Enum):
-    """What a KVM_SET_USER_MEMORY_REGION call comes to. Source: enum kvm_mr_change."""
+    """What a KVM_SET_USER_MEMORY_REGION call comes to. Source: include/linux/kvm_host.h: enum kvm_mr_change, v5.19."""
 
     CREATE = "create"
     DELETE = "delete"
@@ -143,11 +143,11 @@ class Memslots:
         return self.slots.get((as_id, slot_id))
 
     def gfn_to_memslot(self, gfn: int, as_id: int = 0) -> MemorySlot | None:
-        """The slot that holds ``gfn``, or None. Source: gfn_to_memslot(), v5.19."""
+        """The slot that holds ``gfn``, or None. Source: virt/kvm/kvm_main.c, v5.19."""
         return next((slot for slot in self.slots.values() if slot.as_id == as_id and gfn in slot), None)
 
     def publish(self, slot: MemorySlot | None, as_id: int, slot_id: int) -> None:
-        """Replace a slot, or with None remove it. Source: kvm_swap_active_memslots(), v5.19."""
+        """Replace a slot, or with None remove it. Source: virt/kvm/kvm_main.c: kvm_swap_active_memslots(), v5.19."""
         if slot is None:
             del self.slots[as_id, slot_id]
         else:
@@ -157,7 +157,7 @@ class Memslots:
     def classify(self, region: MemoryRegion, maxphyaddr: int) -> tuple[Change, MemorySlot | None, MemorySlot | None]:
         """Check ``region`` by the kernel's rules, in the kernel's order, and return (change, old slot, new slot).
 
-        Raises OSError: EINVAL, EEXIST. Source: virt/kvm/kvm_main.c: __kvm_set_memory_region(), and
+        Raises OSError: EINVAL, EEXIST. Source: virt/kvm/kvm_main.c: __kvm_set_memory_region(),
         arch/x86/kvm/x86.c: kvm_arch_prepare_memory_region(), v5.19.
         """
         for name, value in region._asdict().items():
@@ -220,7 +220,7 @@ class Memslots:
 @dataclass
 class DirtyGfn:
     """One entry of a ring. ``flags``: 1 dirty, 2 harvested by user space. ``slot`` is as_id << 16 | id, ``offset`` the
-    page's number in its slot. Source: include/uapi/linux/kvm.h: struct kvm_dirty_gfn."""
+    page's number in its slot. Source: include/uapi/linux/kvm.h: struct kvm_dirty_gfn, v5.19."""
 
     flags: int
     slot: int
@@ -231,7 +231,8 @@ class DirtyGfn:
 class DirtyRing:
     """One vCPU's dirty ring of ``size`` entries; an entry that is free is not stored.
 
-    The two indices run on for ever; ``harvest_index`` is user space's own. Source: virt/kvm/dirty_ring.c, v5.19.
+    The two indices run on for ever; ``harvest_index`` is user space's own.
+    Source: include/linux/kvm_dirty_ring.h: struct kvm_dirty_ring, v5.19.
     """
 
     size: int
@@ -243,12 +244,13 @@ class DirtyRing:
 
     @property
     def soft_full(self) -> bool:
-        """Whether the vCPU must not enter the guest: used entries reach size - 64 - CPU log size."""
+        """Whether the vCPU must not enter the guest: used entries reach size - 64 - CPU log size.
+        Source: virt/kvm/dirty_ring.c: kvm_dirty_ring_soft_full(), v5.19."""
         limit = self.size - KVM_DIRTY_RING_RSVD_ENTRIES - self.cpu_dirty_log_size
         return self.dirty_index - self.reset_index >= limit
 
     def push(self, slot: MemorySlot, gfn: int) -> None:
-        """Record one dirty page. Source: kvm_dirty_ring_push()."""
+        """Record one dirty page. Source: virt/kvm/dirty_ring.c: kvm_dirty_ring_push(), v5.19."""
         assert len(self.entries) < self.size, "the dirty ring overflowed: the reserved entries were not enough"
         self.entries[self.dirty_index] = DirtyGfn(1, slot.as_id << 16 | slot.id, gfn - slot.base_gfn)
         self.dirty_index += 1
@@ -276,7 +278,7 @@ class DirtyRing:
     @staticmethod
     def check_size(size_bytes: int, cpu_dirty_log_size: int) -> None:
         """Refuse a bad ring size (bytes). OSError EINVAL or E2BIG.
-        Source: kvm_vm_ioctl_enable_dirty_log_ring(), v5.19."""
+        Source: virt/kvm/kvm_main.c: kvm_vm_ioctl_enable_dirty_log_ring(), v5.19."""
         if size_bytes <= 0 or size_bytes & (size_bytes - 1):
             raise refuse(errno.EINVAL, f"a ring of {size_bytes} bytes: the size must be a power of two")
         least = max(PAGE_SIZE, (KVM_DIRTY_RING_RSVD_ENTRIES + cpu_dirty_log_size) * DIRTY_GFN_SIZE)

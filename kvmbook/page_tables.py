@@ -25,7 +25,7 @@ class Root:
     ``direct``: no guest page tables are shadowed, so faults have a fast path. ``tdp_mmu``: else the legacy MMU's.
 
     A nested guest's addresses equal L1's gfns in this model: L1 maps its guest one to one.
-    Source: union kvm_mmu_page_role, v5.19.
+    Source: arch/x86/include/asm/kvm_host.h: union kvm_mmu_page_role, v5.19.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Root:
 @dataclass
 class PageTable:
     """512 SPTEs, a uint64 array of shape (512,). Entry i maps the gfns from ``base_gfn + i * pages_per_level(level)``.
-    Source: struct kvm_mmu_page."""
+    Source: mmu/mmu_internal.h: struct kvm_mmu_page, v5.19."""
 
     pfn: int
     root: Root
@@ -78,7 +78,8 @@ class Found(NamedTuple):
 
 @dataclass
 class PageTables:
-    """All trees of a VM, by the frame of each table, and the legacy MMU's rmaps."""
+    """All trees of a VM, by the frame of each table, and the legacy MMU's rmaps.
+    Source: arch/x86/include/asm/kvm_host.h: struct kvm_rmap_head, v5.19."""
 
     fmt: SpteFormat
     tables: dict[int, PageTable] = field(default_factory=dict)
@@ -111,7 +112,7 @@ class PageTables:
 
     def walk(self, root: Root, gfn: int, start: int | None = None) -> Found | None:
         """Read down from the root (or from the level-1 table in frame ``start``) to the leaf, or to the first entry that
-        leads nowhere. None if there is no root yet. Source: fast_pf_get_last_sptep()."""
+        leads nowhere. None if there is no root yet. Source: mmu/mmu.c: fast_pf_get_last_sptep(), v5.19."""
         pfn = self.roots.get(root) if start is None else start
         if pfn is None or not 0 <= gfn < pages_per_level(ROOT_LEVEL + 1):
             return None
@@ -157,7 +158,7 @@ class PageTables:
     # ---- whole tables -----------------------------------------------------------------------------------------------
 
     def split(self, sptep: Sptep, nx_huge_pages: bool) -> None:
-        """Replace a huge leaf by a table of its 512 parts. Source: tdp_mmu_split_huge_page(), v5.19."""
+        """Replace a huge leaf by a table of its 512 parts. Source: mmu/tdp_mmu.c: tdp_mmu_split_huge_page(), v5.19."""
         parent = self.tables[sptep.table]
         children = self.fmt.make_huge_page_split_spte(self.read(sptep), parent.level, nx_huge_pages)
         child = self._new_table(parent.root, parent.level - 1, parent.gfn(sptep.entry))
@@ -170,7 +171,8 @@ class PageTables:
 
     def unlink(self, sptep: Sptep) -> tuple[list[int], list[int]]:
         """Cut the entry off (0) and freeze all that hangs below it. Returns the frames of the tables to free after a flush
-        (until then a CPU may still walk through them), and the leaves that went. Source: handle_removed_pt(), v5.19."""
+        (until then a CPU may still walk through them), and the leaves that went.
+        Source: mmu/tdp_mmu.c: handle_removed_pt(), v5.19."""
         spte, level = self.read(sptep), self.tables[sptep.table].level
         self.write(sptep, 0)
         if not self.fmt.is_shadow_present_pte(spte):
@@ -204,7 +206,8 @@ class PageTables:
         self, start: int, end: int, min_level: int = PG_LEVEL_4K, max_level: int = KVM_MAX_HUGEPAGE_LEVEL
     ) -> list[tuple[PageTable, slice, np.ndarray]]:
         """Return, for each TDP MMU table with leaves over gfns of [start, end) at these levels: the table, the slice of
-        its entries in question, and which of those are present leaves. Source: for_each_tdp_pte_min_level()."""
+        its entries in question, and which of those are present leaves.
+        Source: mmu/tdp_iter.h: for_each_tdp_pte_min_level(), v5.19."""
         found = []
         for root, pfn in self.roots.items():
             for table in self._tables_over(pfn, start, end) if root.tdp_mmu else ():
@@ -226,7 +229,8 @@ class PageTables:
     def rmap_leaves(
         self, start: int, end: int, min_level: int = PG_LEVEL_4K, max_level: int = KVM_MAX_HUGEPAGE_LEVEL
     ) -> list[Sptep]:
-        """The legacy MMU's leaves that map gfns of [start, end), low levels first. Source: slot_rmap_walk."""
+        """The legacy MMU's leaves that map gfns of [start, end), low levels first.
+        Source: mmu/mmu.c: for_each_slot_rmap_range(), v5.19."""
         sptes: list[Sptep] = []
         for level in range(min_level, max_level + 1):
             heads = range(start & -pages_per_level(level), end, pages_per_level(level))

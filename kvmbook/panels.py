@@ -7,7 +7,6 @@ A `Panel` carries the result of each combination of its settings, so it works wi
 from __future__ import annotations
 
 import itertools
-import pathlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,8 +27,8 @@ from kvmbook.run_figures import trace_picture
 from kvmbook.runs import retell, run_of
 from kvmbook.scenes import CHANGES, HARDWARE, TOUCHES, enabling_plan, write_after_enabling
 from kvmbook.schedule import Action, Grain, smallest_vm
+from kvmbook.views import script, style
 
-HERE = pathlib.Path(__file__).parent
 POLICIES = {policy.value: policy for policy in FlushPolicy}
 
 
@@ -48,8 +47,8 @@ class Panel(anywidget.AnyWidget):
     kernel. Raises ValueError for a setting without options, or if an option contains " | ".
     """
 
-    _esm = HERE / "panel.js"
-    _css = HERE / "panel.css"
+    _esm = script("panel")
+    _css = style()
     title = traitlets.Unicode().tag(sync=True)
     settings: Any = traitlets.List().tag(sync=True)
     chosen = traitlets.Dict().tag(sync=True)

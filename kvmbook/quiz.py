@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Sequence
 
 import anywidget
 import traitlets
 
-HERE = pathlib.Path(__file__).parent
+from kvmbook.views import script, style
 
 
 class Quiz(anywidget.AnyWidget):
@@ -17,8 +16,8 @@ class Quiz(anywidget.AnyWidget):
     Raises ValueError for fewer than two options, and for an answer that is none of them.
     """
 
-    _esm = HERE / "quiz.js"
-    _css = HERE / "panel.css"
+    _esm = script("quiz")
+    _css = style()
     asked = traitlets.Unicode().tag(sync=True)
     options = traitlets.List(traitlets.Unicode()).tag(sync=True)
     answer = traitlets.Unicode().tag(sync=True)

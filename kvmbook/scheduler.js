@@ -1,23 +1,6 @@
 // The view of kvmbook.scheduler.SchedulerPanel. The widget carries the whole graph of the VM; `path` is the walk so far.
-let count = 0;
-
-function element(name, attributes = {}, ...children) {
-  const made = document.createElement(name);
-  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
-  made.append(...children);
-  return made;
-}
-
-// JupyterLab would take some keys for itself, but for the attribute.
-function button(said, act) {
-  const made = element("button", { type: "button", "data-lm-suppress-shortcuts": "true" }, said);
-  made.addEventListener("click", act);
-  return made;
-}
-
 function render({ model, el }) {
   const { actors, sentences, look, ink, lost: orange } = model.get("words");
-  const group = `kvmbook-scheduler-${count++}-${Math.random().toString(36).slice(2)}`;
   const graphs = {};
   let playing = null;
   let due = false;
@@ -102,27 +85,17 @@ function render({ model, el }) {
 
   // ---- what never changes ----
 
-  const controls = element("div", { class: "kvmbook-controls" });
-  for (const { name, options } of model.get("settings")) {
-    const fieldset = element("fieldset", {}, element("legend", {}, name));
-    for (const option of options) {
-      const input = element("input", {
-        type: "radio", name: `${group}-${name}`, value: option, "data-lm-suppress-shortcuts": "true",
-      });
-      input.addEventListener("change", alone(() => go([], "", { ...model.get("chosen"), [name]: option })));
-      fieldset.append(element("label", {}, input, element("span", {}, option)));
-    }
-    controls.append(fieldset);
-  }
+  const groups = model.get("settings").map(({ name, options }) =>
+    radioGroup(name, options, (option) => alone(() => go([], "", { ...model.get("chosen"), [name]: option }))()));
   const table = element("tbody");
   const history = element("ol");
   const choices = Object.fromEntries(actors.map((who) => [who, element("div", { role: "group", "aria-label": `steps of ${who}` })]));
-  const readout = element("p", { class: "kvmbook-readout", role: "status", "aria-live": "polite" });
+  const readout = readoutLine();
   const undo = button("Undo", alone(() => go(model.get("path").slice(0, -1))));
   const again = button("Start again", alone(() => go([])));
   const hint = button("Hint", alone(() => go(model.get("path"), "hint")));
   const show = button("Show me", showMe);
-  const past = element("div", { class: "kvmbook-history", tabindex: "0", role: "region", "aria-label": "steps so far", "data-lm-suppress-shortcuts": "true" }, history);
+  const past = element("div", { class: "kvmbook-history", tabindex: "0", role: "region", "aria-label": "steps so far", ...OWN_KEYS }, history);
 
   // ---- what does ----
 
@@ -166,13 +139,14 @@ function render({ model, el }) {
 
   function draw() {
     const g = graph(), states = passed(g), here = states.at(-1), asked = model.get("asked");
-    for (const input of controls.querySelectorAll("input")) {
-      input.checked = model.get("chosen")[input.closest("fieldset").querySelector("legend").textContent] === input.value;
-    }
+    model.get("settings").forEach(({ name }, i) => check(groups[i], model.get("chosen")[name]));
     drawTable(g, states);
     drawChoices(g, here);
     const first = drawHistory(g, states);
-    undo.disabled = again.disabled = states.length === 1;
+    const atStart = states.length === 1, leaves = atStart && [undo, again].includes(document.activeElement);
+    undo.disabled = again.disabled = atStart;
+    hint.disabled = isLost(g, here);
+    if (leaves) el.querySelector("[data-step]").focus({ preventScroll: true });  // a button that cannot be pressed drops the keyboard
     show.textContent = playing === null ? "Show me" : "Stop";
     let said = isLost(g, here) ? "lost" : first > 0 ? "covered" : states.length > 1 ? "going" : "start";
     if (asked === "play" && distance(g, 0) < 0) said = "safe";
@@ -190,7 +164,7 @@ function render({ model, el }) {
   const caption = element("caption", {}, "now");
   el.classList.add("kvmbook-panel", "kvmbook-scheduler");
   el.append(
-    element("p", { class: "kvmbook-title" }, model.get("title")), controls,
+    element("p", { class: "kvmbook-title" }, model.get("title")), element("div", { class: "kvmbook-controls" }, ...groups),
     element("p", { class: "kvmbook-ask" }, "Who moves next?"),
     element("div", { class: "kvmbook-steps" }, ...Object.values(choices)),
     element("div", { class: "kvmbook-commands" }, undo, again, show, hint), readout,

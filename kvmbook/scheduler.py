@@ -7,7 +7,6 @@ it works without a kernel behind it, and it knows from everywhere how far the ne
 from __future__ import annotations
 
 import json
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from kvmbook.kernel import FlushPolicy, Kernel
 from kvmbook.panels import Panel, View
 from kvmbook.runs import Graph, Now, graph_of, label, what_of
 from kvmbook.scenes import HARDWARE
+from kvmbook.views import script
 
 SETTINGS = {"A/D bits": list(HARDWARE), "flush when enabling": ["if changed", "always"]}
 ACTORS = ("vCPU0", "KVM for vCPU0", "host", "user space")
@@ -75,7 +75,7 @@ class SchedulerPanel(Panel):
     ``path``: the labels of the steps so far; ``asked``: "", "hint", or "play" if the reader has asked for that.
     """
 
-    _esm = pathlib.Path(__file__).parent / "scheduler.js"
+    _esm = script("scheduler")
     path: Any = traitlets.List().tag(sync=True)
     asked = traitlets.Unicode().tag(sync=True)
     words = traitlets.Dict().tag(sync=True)

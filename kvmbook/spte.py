@@ -39,7 +39,9 @@ REMOVED_SPTE = 0x5A0  # the TDP MMU's "frozen, hands off"
 
 
 def pages_per_level(level: int) -> int:
-    """Return how many 4K pages one entry of a table at ``level`` (1 = 4K, 2 = 2M, 3 = 1G) covers."""
+    """Return how many 4K pages one entry of a table at ``level`` (1 = 4K, 2 = 2M, 3 = 1G) covers.
+    Source: arch/x86/include/asm/kvm_host.h: KVM_PAGES_PER_HPAGE(), KVM_MAX_HUGEPAGE_LEVEL,
+    arch/x86/include/asm/pgtable_types.h: PG_LEVEL_4K, v5.19."""
     return 1 << (9 * (level - 1))
 
 
@@ -105,7 +107,8 @@ class SpteFormat:
     helpers that read and write SPTEs through them.
 
     A kernel release that changes a helper is a subclass; see `kvmbook.kernel`.
-    Source: mmu/spte.h, mmu/spte.c, mmu/mmu.c and mmu/tdp_mmu.c, v5.19.
+    Source: mmu/spte.c: kvm_mmu_reset_all_pte_masks(), kvm_mmu_set_ept_masks(), shadow_host_writable_mask,
+    shadow_mmu_writable_mask, v5.19.
     """
 
     name: str
@@ -159,7 +162,8 @@ class SpteFormat:
 
     @classmethod
     def shadow(cls) -> SpteFormat:
-        """Return the format of shadow paging: the guest's own x86-64 format. Source: as `npt`."""
+        """Return the format of shadow paging: the guest's own x86-64 format.
+        Source: mmu/spte.c: kvm_mmu_reset_all_pte_masks(), v5.19."""
         return cls._x86_64("shadow paging")
 
     @classmethod
@@ -184,78 +188,79 @@ class SpteFormat:
 
     @property
     def kvm_ad_enabled(self) -> bool:
-        """Whether KVM uses A/D bits at all. Source: mmu/spte.h: kvm_ad_enabled()."""
+        """Whether KVM uses A/D bits at all. Source: mmu/spte.h, v5.19."""
         return self.shadow_accessed_mask != 0
 
     def is_shadow_present_pte(self, spte: Spte) -> Truth:
-        """Whether the SPTE maps something, a page or a table. Source: mmu/spte.h."""
+        """Whether the SPTE maps something, a page or a table. Source: mmu/spte.h, v5.19."""
         return spte & SPTE_MMU_PRESENT_MASK != 0
 
     def is_removed_spte(self, spte: Spte) -> Truth:
-        """Whether the TDP MMU has frozen the entry. Source: mmu/spte.h."""
+        """Whether the TDP MMU has frozen the entry. Source: mmu/spte.h, v5.19."""
         return spte == REMOVED_SPTE
 
     def is_mmio_spte(self, spte: Spte) -> Truth:
-        """Whether the entry caches "no memory here". Such an entry is never MMU-present. Source: mmu/spte.h."""
+        """Whether the entry caches "no memory here". Such an entry is never MMU-present. Source: mmu/spte.h, v5.19."""
         return (spte & SPTE_MMU_PRESENT_MASK == 0) & (spte & self.shadow_mmio_mask == self.shadow_mmio_value)
 
     def is_writable_pte(self, spte: Spte) -> Truth:
         """Whether hardware lets the guest write through it. False does *not* mean that no CPU can write: a TLB may
-        remember more. Source: mmu/spte.h."""
+        remember more. Source: mmu/spte.h, v5.19."""
         return spte & PT_WRITABLE_MASK != 0
 
     def is_mmu_writable_spte(self, spte: Spte) -> Truth:
         """Whether KVM may set W again without mmu_lock. This is the bit that tells the truth about TLBs: if it is
-        clear, no TLB may hold a writable entry. Source: mmu/spte.h (before v5.18: spte_can_locklessly_be_made_writable)."""
+        clear, no TLB may hold a writable entry.
+        Source: mmu/spte.h (before v5.18: spte_can_locklessly_be_made_writable), v5.19."""
         return spte & self.shadow_mmu_writable_mask != 0
 
     def is_large_pte(self, spte: Spte) -> Truth:
-        """Whether the entry has the PS bit, a leaf above level 1. Source: mmu/spte.h."""
+        """Whether the entry has the PS bit, a leaf above level 1. Source: mmu/spte.h, v5.19."""
         return spte & PT_PAGE_SIZE_MASK != 0
 
     def is_last_spte(self, spte: Spte, level: int) -> Truth:
-        """Whether a present entry of a table at ``level`` maps a page and not a table. Source: mmu/spte.h."""
+        """Whether a present entry of a table at ``level`` maps a page and not a table. Source: mmu/spte.h, v5.19."""
         return self.is_large_pte(spte) | (level == PG_LEVEL_4K)
 
     def is_executable_pte(self, spte: Spte) -> Truth:
-        """Whether hardware lets the guest fetch instructions through it. Source: mmu/spte.h."""
+        """Whether hardware lets the guest fetch instructions through it. Source: mmu/spte.h, v5.19."""
         return spte & (self.shadow_x_mask | self.shadow_nx_mask) == self.shadow_x_mask
 
     def spte_ad_enabled(self, spte: Spte) -> Truth:
-        """Whether hardware keeps A and D in this SPTE: types 0 and 2. Source: mmu/spte.h."""
+        """Whether hardware keeps A and D in this SPTE: types 0 and 2. Source: mmu/spte.h, v5.19."""
         return spte & SPTE_TDP_AD_MASK != SPTE_TDP_AD_DISABLED_MASK
 
     def spte_ad_need_write_protect(self, spte: Spte) -> Truth:
-        """Whether dirty logging must use W, and never D, for this SPTE: types 1 and 2. Source: mmu/spte.h."""
+        """Whether dirty logging must use W, and never D, for this SPTE: types 1 and 2. Source: mmu/spte.h, v5.19."""
         return spte & SPTE_TDP_AD_MASK != SPTE_TDP_AD_ENABLED_MASK
 
     def spte_shadow_accessed_mask(self, spte: Spte) -> Spte:
-        """The mask of this SPTE's A bit, 0 if it has none. Source: mmu/spte.h."""
+        """The mask of this SPTE's A bit, 0 if it has none. Source: mmu/spte.h, v5.19."""
         return where(self.spte_ad_enabled(spte), self.shadow_accessed_mask, spte & 0)
 
     def spte_shadow_dirty_mask(self, spte: Spte) -> Spte:
-        """The mask of this SPTE's D bit, 0 if it has none. Source: mmu/spte.h."""
+        """The mask of this SPTE's D bit, 0 if it has none. Source: mmu/spte.h, v5.19."""
         return where(self.spte_ad_enabled(spte), self.shadow_dirty_mask, spte & 0)
 
     def is_access_track_spte(self, spte: Spte) -> Truth:
         """Whether the SPTE was made inaccessible to notice the next access: type 1 with R = W = X = 0.
-        Source: mmu/spte.h."""
+        Source: mmu/spte.h, v5.19."""
         return (spte & SPTE_TDP_AD_MASK == SPTE_TDP_AD_DISABLED_MASK) & (spte & self.shadow_acc_track_mask == 0)
 
     def is_accessed_spte(self, spte: Spte) -> Truth:
-        """Whether the page counts as young. Source: mmu/spte.h."""
+        """Whether the page counts as young. Source: mmu/spte.h, v5.19."""
         mask = self.spte_shadow_accessed_mask(spte)
         return where(mask != 0, spte & mask != 0, self.is_access_track_spte(spte) == 0)
 
     def is_dirty_spte(self, spte: Spte) -> Truth:
         """Whether the page may have been written through this SPTE: D where there is a D bit, else W.
-        Source: mmu/spte.h."""
+        Source: mmu/spte.h, v5.19."""
         mask = self.spte_shadow_dirty_mask(spte)
         return where(mask != 0, spte & mask != 0, self.is_writable_pte(spte))
 
     def spte_has_volatile_bits(self, spte: Spte) -> Truth:
         """Whether the SPTE may change outside mmu_lock, so that an update must be an atomic exchange.
-        Source: mmu/spte.c."""
+        Source: mmu/spte.c, v5.19."""
         return (
             (self.is_mmu_writable_spte(spte) & (self.is_writable_pte(spte) == 0))
             | self.is_access_track_spte(spte)
@@ -272,7 +277,7 @@ class SpteFormat:
         """Assert that each present SPTE has a legal (HW, MW, W) triple: 1,1,1 or 1,1,0 or 1,0,0 or 0,0,0.
 
         Raises AssertionError naming the first SPTE that breaks the chain W -> MMU-writable -> host-writable.
-        Source: mmu/spte.h (there a warning).
+        Source: mmu/spte.h (there a warning), v5.19.
         """
         hw, mw, w = self.shadow_host_writable_mask, self.shadow_mmu_writable_mask, PT_WRITABLE_MASK
         broken = (spte & (mw | w) == w) | (spte & (hw | mw) == mw)
@@ -290,7 +295,7 @@ class SpteFormat:
         return Rights(read, walks & self.is_writable_pte(spte), walks & self.is_executable_pte(spte))
 
     def pfn(self, spte: Spte) -> Spte:
-        """The host frame that the SPTE points to. Source: mmu/spte.h: spte_to_pfn()."""
+        """The host frame that the SPTE points to. Source: mmu/spte.h: spte_to_pfn(), v5.19."""
         return (spte & SPTE_BASE_ADDR_MASK) >> PAGE_SHIFT
 
     # ---- access tracking --------------------------------------------------------------------------------------------
@@ -300,7 +305,7 @@ class SpteFormat:
         """Make the next access visible: clear A, or, on a type-1 SPTE, save R and X and clear R, W and X.
 
         W is not saved. It comes back only on a write fault, because MMU-writable says that it may.
-        Raises AssertionError if R and X were saved already. Source: mmu/spte.c.
+        Raises AssertionError if R and X were saved already. Source: mmu/spte.c, v5.19.
         """
         self.check_spte_writable_invariants(spte)
         if np.any((spte & SHADOW_ACC_TRACK_SAVED_MASK != 0) & (spte & EPT_RWX_MASK != 0)):
@@ -311,7 +316,7 @@ class SpteFormat:
 
     @by_word
     def restore_acc_track_spte(self, spte: Spte) -> Spte:
-        """Put the saved R and X back. W stays 0, always. Source: mmu/spte.h."""
+        """Put the saved R and X back. W stays 0, always. Source: mmu/spte.h, v5.19."""
         saved = (spte >> SHADOW_ACC_TRACK_SAVED_BITS_SHIFT) & EPT_RX_MASK
         return (spte & (ALL_BITS ^ (self.shadow_acc_track_mask | SHADOW_ACC_TRACK_SAVED_MASK))) | saved
 
@@ -320,7 +325,7 @@ class SpteFormat:
         """Age one leaf; an old one is left alone. Whether to flush is not decided here.
 
         ``pfn_dirty`` is about the host's ``struct page``, never about KVM's dirty bitmap.
-        Source: mmu/mmu.c: mmu_spte_age(), mmu/tdp_mmu.c: age_gfn_range().
+        Source: mmu/mmu.c: mmu_spte_age(), mmu/tdp_mmu.c: age_gfn_range(), v5.19.
         """
         young = self.is_accessed_spte(spte)
         pfn_dirty = young & (self.spte_ad_enabled(spte) == 0) & self.is_writable_pte(spte)
@@ -328,7 +333,7 @@ class SpteFormat:
 
     @by_word
     def make_spte_executable(self, spte: Spte) -> Spte:
-        """Add execute permission, also to one that is being access-tracked. Source: mmu/spte.c."""
+        """Add execute permission, also to one that is being access-tracked. Source: mmu/spte.c, v5.19."""
         tracked = self.is_access_track_spte(spte)
         open_spte = where(tracked, self.restore_acc_track_spte(spte), spte)
         runs = (open_spte & (ALL_BITS ^ self.shadow_nx_mask)) | self.shadow_x_mask
@@ -358,7 +363,7 @@ class SpteFormat:
 
         ``pt_protect=False`` is dirty logging's way, and its early return is the hole of the seed bug: an SPTE with
         W=0 is skipped and asks for no flush, whatever a TLB still holds. ``pt_protect=True`` guards a guest's page
-        table and looks at MMU-writable. Source: mmu/mmu.c.
+        table and looks at MMU-writable. Source: mmu/mmu.c, v5.19.
         """
         skip = self.is_writable_pte(spte) == 0
         if pt_protect:
@@ -372,7 +377,7 @@ class SpteFormat:
     @by_word
     def spte_clear_dirty(self, spte: Spte) -> Flushed:
         """Clear D. A W=0, MMU-writable SPTE asks for a flush even if D was clear, as `mmu_spte_update` has it.
-        Raises AssertionError for a type-1 SPTE, which has no D. Source: mmu/mmu.c."""
+        Raises AssertionError for a type-1 SPTE, which has no D. Source: mmu/mmu.c, v5.19."""
         if np.any(self.spte_ad_enabled(spte) == 0):
             raise AssertionError("clearing D of a type-1 SPTE: it has none, it must be write-protected")
         new = spte & (ALL_BITS ^ self.shadow_dirty_mask)
@@ -380,13 +385,13 @@ class SpteFormat:
 
     @by_word
     def spte_wrprot_for_clear_dirty(self, spte: Spte) -> WasWritable:
-        """Test and clear W, without a look at MMU-writable. Source: mmu/mmu.c."""
+        """Test and clear W, without a look at MMU-writable. Source: mmu/mmu.c, v5.19."""
         return WasWritable(spte & (ALL_BITS ^ PT_WRITABLE_MASK), self.is_writable_pte(spte))
 
     @by_word
     def rmap_clear_dirty(self, spte: Spte) -> Flushed:
         """Forget that the page is dirty, by W or by D as the SPTE's type asks.
-        Source: mmu/mmu.c: __rmap_clear_dirty()."""
+        Source: mmu/mmu.c: __rmap_clear_dirty(), v5.19."""
         by_write = self.spte_ad_need_write_protect(spte)
         protected, was_writable = self.spte_wrprot_for_clear_dirty(spte)
         cleaned = spte & (ALL_BITS ^ self.shadow_dirty_mask)
@@ -394,7 +399,7 @@ class SpteFormat:
         return Flushed(where(by_write, protected, cleaned), flush)
 
     def kvm_mmu_changed_pte_notifier_make_spte(self, spte: Spte, pfn: int) -> Spte:
-        """Point the SPTE at the host's new, read-only page ``pfn``. Source: mmu/spte.c."""
+        """Point the SPTE at the host's new, read-only page ``pfn``. Source: mmu/spte.c, v5.19."""
         gone = SPTE_BASE_ADDR_MASK | PT_WRITABLE_MASK | self.shadow_host_writable_mask | self.shadow_mmu_writable_mask
         return self.mark_spte_for_access_track(spte & (ALL_BITS ^ gone) | pfn << PAGE_SHIFT)
 
@@ -402,20 +407,20 @@ class SpteFormat:
 
     @by_word
     def tdp_wrprot(self, spte: Spte) -> Changed:
-        """Clear W where it is set. Source: mmu/tdp_mmu.c: wrprot_gfn_range()."""
+        """Clear W where it is set. Source: mmu/tdp_mmu.c: wrprot_gfn_range(), v5.19."""
         return Changed(spte & (ALL_BITS ^ PT_WRITABLE_MASK), self.is_writable_pte(spte))
 
     @by_word
     def tdp_clear_dirty(self, spte: Spte, wrprot: bool = False) -> Changed:
         """Clear D of a type-0 SPTE, W of another; with ``wrprot``, W of each.
-        Source: mmu/tdp_mmu.c: clear_dirty_gfn_range(), clear_dirty_pt_masked()."""
+        Source: mmu/tdp_mmu.c: clear_dirty_gfn_range(), clear_dirty_pt_masked(), v5.19."""
         by_write = self.spte_ad_need_write_protect(spte) | wrprot
         mask = where(by_write, PT_WRITABLE_MASK, (spte & 0) | self.shadow_dirty_mask)
         return Changed(spte & (mask ^ ALL_BITS), spte & mask != 0)
 
     @by_word
     def tdp_write_protect(self, spte: Spte) -> Changed:
-        """Clear W and MMU-writable, to guard a guest's page table. Source: mmu/tdp_mmu.c: write_protect_gfn()."""
+        """Clear W and MMU-writable, to guard a guest's page table. Source: mmu/tdp_mmu.c: write_protect_gfn(), v5.19."""
         mask = PT_WRITABLE_MASK | self.shadow_mmu_writable_mask
         return Changed(spte & (ALL_BITS ^ mask), spte & mask != 0)
 
@@ -445,7 +450,7 @@ class SpteFormat:
         ``access`` is a sum of ACC_EXEC_MASK, ACC_WRITE_MASK and ACC_USER_MASK (in EPT: read). ``ad_type`` comes from
         `tdp_ad_type`. ``write_tracked``: KVM watches the gfn as a guest page table.
         Over an ``old_spte`` with W=1 the last steps are skipped: such an SPTE gets W=1 and **D=0** (to v6.12).
-        Raises AssertionError for an SPTE that would allow nothing. Source: mmu/spte.c.
+        Raises AssertionError for an SPTE that would allow nothing. Source: mmu/spte.c, v5.19.
         """
         if access == 0 and self.shadow_present_mask == 0:
             raise AssertionError("make_spte: no access asked for, and no present bit: the SPTE would be invisible")
@@ -477,14 +482,14 @@ class SpteFormat:
         return bool(self.is_writable_pte(old_spte))
 
     def make_nonleaf_spte(self, table_pfn: int, ad_disabled: bool) -> int:
-        """Build the entry for a child table; it grants every right. Source: mmu/spte.c."""
+        """Build the entry for a child table; it grants every right. Source: mmu/spte.c, v5.19."""
         spte = SPTE_MMU_PRESENT_MASK | table_pfn << PAGE_SHIFT | self.shadow_present_mask | PT_WRITABLE_MASK
         spte |= self.shadow_user_mask | self.shadow_x_mask
         return spte | (SPTE_TDP_AD_DISABLED_MASK if ad_disabled else self.shadow_accessed_mask)
 
     def make_huge_page_split_spte(self, huge_spte: int, huge_level: int, nx_huge_pages: bool = False) -> Spte:
         """The 512 children of a huge SPTE, which inherit everything: an access-tracked one has 512 access-tracked
-        children. Returns a uint64 array of shape (512,). Source: mmu/spte.c."""
+        children. Returns a uint64 array of shape (512,). Source: mmu/spte.c, v5.19."""
         child_level = huge_level - 1
         offsets = np.arange(SPTES_PER_TABLE, dtype=np.uint64) * np.uint64(pages_per_level(child_level) << PAGE_SHIFT)
         children = offsets | huge_spte

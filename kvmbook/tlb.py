@@ -40,7 +40,7 @@ class Tlb:
     """One vCPU's TLB: translations, and the upper-level entries that let a walk start half-way down.
 
     Keys are (root, first gfn of the page, level); ``tables`` maps (root, first gfn) of a 2M range to the frame of the
-    level-1 table that a walk found there. Source: the CPU manuals' rules, as KVM relies on them.
+    level-1 table that a walk found there. The rules are the CPU manuals', as KVM relies on them.
     """
 
     entries: dict[tuple[str, int, int], TlbEntry] = field(default_factory=dict)

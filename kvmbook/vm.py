@@ -208,7 +208,7 @@ class Vm(Machine):
 
     def enable_cap_manual_dirty_log_protect2(self, args: int) -> None:
         """The capability's raw argument. OSError EINVAL for unknown bits, and for bit 1 without bit 0.
-        Source: kvm_vm_ioctl_enable_cap_generic(), v5.19."""
+        Source: virt/kvm/kvm_main.c: kvm_vm_ioctl_enable_cap_generic(), v5.19."""
         if args & ~0b11 or args == 0b10:
             raise refuse(
                 errno.EINVAL, f"argument {args:#x}: bit 0 is manual protect, bit 1 (initially set) needs bit 0"
@@ -282,7 +282,7 @@ class Vm(Machine):
 
     def kvm_write_guest(self, gfn: int, vcpu: int = 0) -> None:
         """KVM itself writes guest memory, on behalf of a vCPU, and marks the page dirty. OSError EFAULT.
-        Source: kvm_vcpu_write_guest()."""
+        Source: virt/kvm/kvm_main.c: kvm_vcpu_write_guest(), v5.19."""
         slot, state = self._slot_of(gfn), self.vcpu[vcpu].state
         if slot.readonly or slot.invalid:
             raise refuse(errno.EFAULT, f"gfn {gfn:#x} lies in a slot that is read-only or about to go")
@@ -319,7 +319,7 @@ class Vm(Machine):
 
 
 def _nested_root(nested: str | None, hardware: Hardware) -> Root | None:
-    """The nested guest's tree. Source: kvm_calc_shadow_ept_root_page_role(), kvm_init_mmu(), v5.19."""
+    """The nested guest's tree. Source: mmu/mmu.c: kvm_calc_shadow_ept_root_page_role(), kvm_init_mmu(), v5.19."""
     if nested is None:
         return None
     shadowed = ("ept", "ept without A/D") if hardware.format.shadow_acc_track_mask else ("npt",)

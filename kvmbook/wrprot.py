@@ -30,19 +30,21 @@ def owes_flush(m: Machine, visited: list[tuple[Spte, Any]], ask: Ask) -> bool:
 
 
 def slot_rmap_write_protect(m: Machine, start: int, end: int, start_level: int) -> bool:
-    """Source: mmu/mmu.c: kvm_mmu_slot_remove_write_access(), rmap side, v5.19."""
+    """Take W from the rmap side.
+    Source: mmu/mmu.c: slot_rmap_write_protect(), kvm_mmu_slot_remove_write_access(), v5.19."""
     visited = m.update_rmap_leaves(start, end, m.fmt.spte_write_protect, start_level)
     return owes_flush(m, visited, m.kernel.flush.after_write_protect)
 
 
 def kvm_tdp_mmu_wrprot_slot(m: Machine, start: int, end: int, start_level: int) -> bool:
-    """Source: mmu/tdp_mmu.c: kvm_tdp_mmu_wrprot_slot(), wrprot_gfn_range(), v5.19."""
+    """Take W from the TDP side. Source: mmu/tdp_mmu.c: kvm_tdp_mmu_wrprot_slot(), wrprot_gfn_range(), v5.19."""
     visited = m.update_tdp_leaves(start, end, m.fmt.tdp_wrprot, start_level)
     return owes_flush(m, visited, m.kernel.flush.after_write_protect)
 
 
 def slot_rmap_clear_dirty(m: Machine, start: int, end: int) -> bool:
-    """4K leaves only: the legacy MMU logs at no other size. Source: kvm_mmu_slot_leaf_clear_dirty(), rmap side, v5.19."""
+    """4K leaves only: the legacy MMU logs at no other size.
+    Source: mmu/mmu.c: __rmap_clear_dirty(), kvm_mmu_slot_leaf_clear_dirty(), v5.19."""
     visited = m.update_rmap_leaves(start, end, m.fmt.rmap_clear_dirty, max_level=PG_LEVEL_4K)
     return owes_flush(m, visited, m.kernel.flush.after_clear_dirty)
 
@@ -58,7 +60,7 @@ def kvm_tdp_mmu_clear_dirty_slot(m: Machine, start: int, end: int) -> bool:
 
 def kvm_arch_mmu_enable_log_dirty_pt_masked(m: Machine, slot: MemorySlot, gfns: list[int]) -> None:
     """Make the next write to each of ``gfns`` (ascending, not empty) visible again. The caller flushes, whatever changed.
-    Source: arch/x86/kvm/mmu/mmu.c, v5.19."""
+    Source: mmu/mmu.c, v5.19."""
     if slot.as_id:
         return  # no vCPU of this model runs there: nothing is mapped
     if m.initially_set:
@@ -93,7 +95,7 @@ def runs(gfns: list[int]) -> list[tuple[int, int]]:
 
 def kvm_mmu_slot_gfn_write_protect(m: Machine, gfn: int, min_level: int = PG_LEVEL_4K) -> bool:
     """Clear W and MMU-writable of every leaf that covers ``gfn`` at ``min_level`` or above. Returns whether the caller
-    must flush before it unlocks. Source: mmu/mmu.c, and write_protect_gfn() in mmu/tdp_mmu.c, v5.19."""
+    must flush before it unlocks. Source: mmu/mmu.c, mmu/tdp_mmu.c: write_protect_gfn(), v5.19."""
 
     def protect(spte: Spte) -> Changed:
         return Changed(*m.fmt.spte_write_protect(spte, pt_protect=True))
@@ -106,7 +108,7 @@ def kvm_mmu_slot_gfn_write_protect(m: Machine, gfn: int, min_level: int = PG_LEV
 @dataclass(eq=False)
 class TrackGuestPageTable(Operation):
     """KVM starts to shadow the guest page table at ``gfn``: nobody may write it unseen once the lock is dropped.
-    Source: kvm_slot_page_track_add_page(), account_shadowed(), v5.19."""
+    Source: mmu/page_track.c: kvm_slot_page_track_add_page(), mmu/mmu.c: account_shadowed(), v5.19."""
 
     actor: ClassVar[str] = "KVM"
 

@@ -13,7 +13,6 @@ from kvmbook.arrays import ALL_BITS
 from kvmbook.exercises import ch03
 from kvmbook.inspector import (
     HELPERS,
-    HERE,
     NOT_ASKED,
     OPERATIONS,
     PATTERNS,
@@ -29,6 +28,7 @@ from kvmbook.inspector import (
 )
 from kvmbook.scenes import spte_state
 from kvmbook.spte import SpteFormat
+from kvmbook.views import script
 from kvmbook.word_figures import (
     ADDRESS,
     LEAVES,
@@ -267,7 +267,7 @@ console.log(JSON.stringify({ said, parsed: spelled.map(parsed) }));
 @pytest.mark.skipif(not shutil.which("node"), reason="needs node")
 def test_the_view_says_what_python_says(inspector, tmp_path):
     module = tmp_path / "inspector.mjs"
-    module.write_text((HERE / "inspector.js").read_text())
+    module.write_text(script("inspector"))
     chance, asked, expected = random.Random(9), [], []
     for format in LEAVES:
         for spte in words_to_try(format, 400, seed=4):

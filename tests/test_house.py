@@ -13,7 +13,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 # From the ground up: a module may import those before it, and nobody else.
 ORDER = [
-    "arrays", "spte", "tlb", "hardware", "kernel", "host", "memslots", "page_tables", "machine", "access_tracking",
+    "views", "arrays", "spte", "tlb", "hardware", "kernel", "host", "memslots", "page_tables", "machine", "access_tracking",
     "huge_pages", "wrprot", "faults", "memory_regions", "dirty_log", "vm", "invariants", "schedule", "cells", "tables",
     "explore", "products", "anynumber", "flush_rules", "scenes", "slot_scenes", "runs", "figures", "word_figures",
     "run_figures", "panels", "slot_panels", "inspector", "scheduler", "quiz", "exercises",

@@ -43,15 +43,20 @@ def failing_cell(notebook: nbformat.NotebookNode) -> str:
 
 
 def with_lasting_names(notebook: nbformat.NotebookNode, name: str) -> str:
-    """Number the widgets in the order in which they are met; chapters differ in the first digits."""
+    """Keep the widgets that are shown, and number them in the order in which they are met; chapters differ in the first
+    digits."""
     text = nbformat.writes(notebook)
-    found: list[str] = []
-    for view in re.findall(r'"model_id": "([0-9a-f]{32})"', text):
-        found.append(view)
-        model = notebook.metadata["widgets"][WIDGET_STATE]["state"][view]
-        found += re.findall(r"IPY_MODEL_([0-9a-f]{32})", json.dumps(model, sort_keys=True))
+    states = notebook.metadata.get("widgets", {}).get(WIDGET_STATE, {}).get("state", {})
+    met = dict.fromkeys(re.findall(r'"model_id": "([0-9a-f]{32})"', text))
+    for model in (queue := list(met)):  # grows while we go
+        inner = [one for one in re.findall(r"IPY_MODEL_([0-9a-f]{32})", json.dumps(states[model])) if one not in met]
+        met.update(dict.fromkeys(inner))
+        queue += dict.fromkeys(inner)
+    for model in set(states) - set(met):  # such as a progress bar that is gone
+        del states[model]
+    text = nbformat.writes(notebook)
     chapter = int(re.match(r"\d*", name)[0] or 0)
-    for number, random_name in enumerate(dict.fromkeys(found)):
+    for number, random_name in enumerate(met):
         text = text.replace(random_name, f"{chapter:04d}{number:028x}")
     return nbformat.writes(nbformat.reads(text, as_version=4))  # the names were keys, and keys are sorted
 

@@ -25,7 +25,9 @@ def quiz_11_1() -> Answer:
     free = sorted(kinds - needed)
     with_them = [BitRule(needed.union(some)) for n in range(len(free) + 1) for some in combinations(free, n)]
     assert not sound_rules(hardware, [BitRule(kinds - {kind}) for kind in needed])
-    because = f"Those {len(needed)} kinds must be in a sound rule. The other {len(free)} may be in it or not: 2 to the {len(free)}."
+    because = (
+        f"Those {len(needed)} must be in a sound rule. The other {len(free)} may be in it or not: 2 to the {len(free)}."
+    )
     return Answer(str(len(sound_rules(hardware, with_them))), because)
 
 

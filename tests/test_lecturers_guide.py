@@ -1,0 +1,136 @@
+"""What the lecturer's guide says that a panel shows, and what it says of seeds, is so."""
+
+import pathlib
+import re
+
+import pytest
+
+from kvmbook import Hardware, Kernel, Vm
+from kvmbook.exercises.ch02 import calls_02_1
+from kvmbook.exercises.ch03 import check_03_1, found_word, history
+from kvmbook.exercises.vms import aged
+from kvmbook.faults import Outcome
+from kvmbook.inspector import spte_inspector
+from kvmbook.kernel import FlushPolicy
+from kvmbook.panels import lose_a_write, who_flushes_where, write_the_rule
+from kvmbook.scenes import BASE_GFN, missed_against_aged, missed_per_harvest
+from kvmbook.scheduler import you_are_the_scheduler
+from kvmbook.slot_panels import which_errno, word_by_word
+
+PAGE = pathlib.Path(__file__).parent.parent / "book/lecturers-guide.md"
+WORDS = " ".join(PAGE.read_text().split())
+LEAF = "flush_for_a_leaf_that_is_"
+AGAIN = "page_1_is_written_again_"
+
+# The clicks of the guide, in its order; what it quotes of the readout, or None where it quotes nothing.
+CLICKS = {
+    lose_a_write: [
+        ({}, "16 of 16 writes are missed"),
+        ({"A_D_bits": "on"}, "All 16 writes are reported"),
+        (
+            {"A_D_bits": "off", "flush_when_enabling": "always"},
+            "All 16 writes are reported, after one flush while enabling.",
+        ),
+        (
+            {"flush_when_enabling": "if changed", "touched_again_before_enabling": "vCPU 1 writes page 0"},
+            "All 16 writes are reported",
+        ),
+        ({"touched_again_before_enabling": "vCPU 1 reads page 0"}, "16 of 16 writes are missed"),
+    ],
+    which_errno: [
+        ({}, "EEXIST"),
+        ({"slot": "0 (exists)", "flags": "READONLY"}, "EINVAL: slot 0: READONLY cannot be switched."),
+        ({"size": "0"}, None),
+        ({"first_gfn": "0x300 and 16 bytes"}, "EINVAL: guest_phys_addr 0x300010 is not a multiple of 4096."),
+    ],
+    word_by_word: [
+        ({AGAIN: "bits read"}, None),
+        ({AGAIN: "W taken"}, None),
+        ({AGAIN: "flushed"}, "This report: page 1. The next one: page 1."),
+        ({"written_before": "no page", AGAIN: "never"}, "No flushes in this harvest."),
+    ],
+    who_flushes_where: [
+        ({}, "Before: at most one flush, if a pass asked. After: always one flush."),
+        ({"A_D_bits": "on, with PML"}, "Before: at most two flushes, if a pass asked. After: always one flush."),
+        ({"INITIALLY_SET": "on"}, "No SPTE is visited and no TLB is flushed, before the patch or after it."),
+    ],
+    write_the_rule: [
+        (
+            {LEAF + "writable": "yes"},
+            "Unsound: a write can be lost, in 12 steps. 60 migrations of the workload: 35 flushes, 35 writes missed.",
+        ),
+        (
+            {LEAF + "access_tracked": "yes"},
+            "Unsound: a write can be lost, in 14 steps. 60 migrations of the workload: 55 flushes, 0 writes missed.",
+        ),
+        ({LEAF + "neither_but_MMU_writable": "yes"}, "Sound"),
+    ],
+}
+
+
+@pytest.mark.parametrize("make", CLICKS, ids=lambda make: make.__name__)
+def test_a_panel_says_what_the_guide_quotes(make):
+    panel = make()
+    for chosen, quoted in CLICKS[make]:
+        readout = panel.choose(**chosen)
+        assert quoted is None or (quoted in readout and quoted in WORDS), (readout, quoted)
+
+
+def test_the_two_early_writes_are_in_this_report_only_and_deleting_asks_nobody():
+    for when in ("bits read", "W taken"):
+        assert word_by_word().choose(**{AGAIN: when}).startswith("This report: page 1. The next one: no page.")
+    assert which_errno().choose(slot="0 (exists)", flags="READONLY", size="0").startswith("Done: delete.")
+
+
+def test_the_scheduler_shows_twelve_steps_and_then_that_there_are_none():
+    panel = you_are_the_scheduler()
+    panel.play()
+    assert len(panel.path) == 12
+    panel.choose(flush_when_enabling="always")
+    quoted = "no run loses a write: all 422 states were visited."
+    assert panel.play().endswith(quoted) and quoted in WORDS
+
+
+def test_the_inspector_says_what_the_guide_quotes():
+    inspector = spte_inspector(0x0610000004567877)
+    assert inspector.press("age") and int(inspector.word, 16) == 0x0750000004567870
+    for key, quoted in (
+        ("protect", "changes nothing; asks for no flush"),
+        ("restore", "Not writable: reason 1, dirty logging; or it was aged, then read: the word does not tell."),
+    ):
+        assert quoted in inspector.press(key) and quoted in WORDS
+    assert "KVM never makes this word" in inspector.choose(format="NPT")
+
+
+def test_the_misconceptions_are_wrong():
+    no_ad = Hardware.ept(ad_bits=False)
+    vm = aged(no_ad, Kernel.v5_19)
+    vm.vcpu[0].exit()
+    assert vm.vcpu[0].write(BASE_GFN) is Outcome.HIT
+    counts = ", ".join(map(str, missed_per_harvest(FlushPolicy.IF_CHANGED)))
+    assert f"missed after each of eight harvests {counts}," in WORDS
+    assert [missed_against_aged(FlushPolicy.IF_CHANGED, aged) for aged in (63, 64)] == [0, 64]
+    vm = Vm(no_ad, Kernel.v6_0)
+    vm.set_user_memory_region(slot=0, base_gfn=BASE_GFN, npages=16, log_dirty_pages=True)
+    vm.vcpu[0].read(BASE_GFN)
+    assert vm.get_dirty_log(0)[0]
+    vm.set_user_memory_region(slot=0, base_gfn=BASE_GFN, npages=16)
+    assert vm.vcpu[0].write(BASE_GFN) is Outcome.FAST_FAULT
+    vm = Vm(no_ad, Kernel.v6_0)
+    vm.set_user_memory_region(slot=0, base_gfn=BASE_GFN, npages=16)
+    vm.vcpu[0].read(BASE_GFN)
+    assert not vm.host.dirty
+    vm.clear_young(BASE_GFN, BASE_GFN + 16)
+    assert vm.host.dirty
+    assert len(re.findall(r'^\| "', PAGE.read_text(), re.M)) == 15
+
+
+def test_seeds_1_to_300_give_different_tasks_and_a_check_can_mark():
+    for variant in (calls_02_1, found_word, history):
+        assert len({str(variant(seed=seed)) for seed in range(1, 301)}) == 300
+    right = {"pfn": 0xC2C954, "type": 1, "W": 0, "MW": 1, "young": True, "state": "write-protected"}
+    assert check_03_1.__wrapped__(right, seed=1) == "" and check_03_1.__wrapped__({**right, "W": 1}, seed=1)
+
+
+def test_the_guide_is_short():
+    assert len(PAGE.read_text().splitlines()) <= 250
