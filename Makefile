@@ -8,10 +8,11 @@ FIRST := notebooks/01-a-write-that-nobody-saw.ipynb
 # Trusted notebooks show their panels at once; others only after they are run.
 lab: .venv/installed
 	$(BIN)/jupyter trust notebooks/*.ipynb
+	$(BIN)/python tools/function_map.py book/function-map.md
 	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --LabApp.default_url=/lab/tree/$(FIRST)
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The pages, for a web server or a disk: build/book/_build/html. Unchanged chapters are not run again.
 book: .venv/installed

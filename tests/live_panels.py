@@ -1,4 +1,4 @@
-"""The book's panels, made anew: what the pages and JupyterLab show is compared with these."""
+"""The book's panels and questions, made anew: what the pages and JupyterLab show is compared with these."""
 
 import functools
 import importlib
@@ -6,6 +6,7 @@ import inspect
 import pkgutil
 
 import kvmbook
+import kvmbook.exercises
 from kvmbook.panels import Panel
 
 
@@ -22,3 +23,13 @@ def by_title():
                 found[panel.title] = panel
     assert all(isinstance(panel, Panel) for panel in found.values())
     return found
+
+
+@functools.cache
+def quizzes():
+    """Every question of the book, by what is asked."""
+    made = []
+    for room in pkgutil.iter_modules(kvmbook.exercises.__path__, "kvmbook.exercises."):
+        module = importlib.import_module(room.name)
+        made += [function() for name, function in vars(module).items() if name.startswith("quiz_")]
+    return {quiz.asked: quiz for quiz in made}
