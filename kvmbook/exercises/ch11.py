@@ -46,7 +46,7 @@ def quiz_11_2() -> Answer:
 
 @question("on all hardware", "without A/D bits and with PML", "only without A/D bits", "nowhere")
 def quiz_11_3() -> Answer:
-    """Flush if a pass, either of the two, meets an MMU-writable leaf. Where is that the *cheapest* sound rule over SPTE
+    """Flush if a pass, either of the two, meets an MMU-writable leaf. Where is that the cheapest sound rule over SPTE
     bits: without A/D bits, on NPT, with PML?"""
     cheapest = set()
     for name, hardware in (("", Hardware.ept(ad_bits=False)), ("NPT", Hardware.npt()), ("PML", Hardware.ept(pml=True))):
