@@ -18,7 +18,8 @@ export function reading(table, patterns, word, steps) {
   const done = key ? [decide(table.operations[key], BigInt(`0x${before}`), patterns)[1]] : [];
   const [, low, width] = table.fields.find(([, , , kind]) => kind === "address");
   const frame = `0x${BigInt.asUintN(width, spte >> BigInt(low)).toString(16)}`;
-  const readout = [...done, ...sentences].filter(Boolean).map((said) => said.replaceAll("{pfn}", frame)).join(" ");
+  const verdict = sentences.slice(0, table.verdicts).find(Boolean);  // no KVM makes the word: no more to say
+  const readout = [...done, ...(verdict ? [verdict] : sentences)].filter(Boolean).map((said) => said.replaceAll("{pfn}", frame)).join(" ");
   return { state: decide(table.state, spte, patterns), answers, readout };
 }
 
@@ -63,8 +64,9 @@ function target(bits, here, key) {
 
 function render({ model, el }) {
   const group = `kvmbook-${Math.random().toString(36).slice(2)}`;
-  const { bad, undo: most, patterns, operations, look: looks, kinds, ink, changed: orange } = model.get("words");
+  const { bad, undo: most, patterns, operations, order, look: looks, kinds, ink, changed: orange } = model.get("words");
   const leaves = model.get("leaves"), tables = model.get("tables");
+  const inOrder = (given) => order.filter((name) => name in given);
   const table = (format = model.get("format")) => tables[leaves[format].table];
   let due = false;
 
@@ -98,7 +100,7 @@ function render({ model, el }) {
 
   // ---- what never changes ----
 
-  const formats = radioGroup("format", Object.keys(leaves), (format) => go({ format }));
+  const formats = radioGroup("format", inOrder(leaves), (format) => go({ format }));
 
   const bits = Array.from({ length: 64 }, (_, bit) =>
     bitButton(bit, () => go({ word: hex(BigInt(`0x${model.get("word")}`) ^ (1n << BigInt(bit))) })));
@@ -154,14 +156,14 @@ function render({ model, el }) {
 
   const making = element("div", { class: "kvmbook-commands", role: "group", "aria-label": "make it" });
   const doing = element("div", { class: "kvmbook-commands", role: "group", "aria-label": "do this to it" }, element("b", {}, "do:"));
-  for (const [key, said] of Object.entries(operations)) {
-    doing.append(button(said, () => go({ key, word: pressed(table(), patterns, model.get("word"), key) })));
+  for (const key of inOrder(operations)) {
+    doing.append(button(operations[key], () => go({ key, word: pressed(table(), patterns, model.get("word"), key) })));
   }
   const back = button("Undo", takeBack);
   doing.append(back);
   const readout = readoutLine();
   const helpers = element("ul", { class: "kvmbook-helpers", "aria-label": "what the helpers answer" });
-  for (const helper of Object.keys(table().helpers)) {
+  for (const helper of inOrder(table().helpers)) {
     const row = element("li", { tabindex: "0", "data-helper": helper, ...OWN_KEYS }, element("code", {}, helper), element("span"));
     for (const event of ["pointerenter", "focus"]) row.addEventListener(event, () => look(helper));
     for (const event of ["pointerleave", "blur"]) row.addEventListener(event, () => look(null));
@@ -193,8 +195,9 @@ function render({ model, el }) {
   function drawMaking(format) {
     if (making.dataset.format === format) return;
     making.dataset.format = format;
+    const { words } = leaves[format];
     making.replaceChildren(element("b", {}, "make it:"),
-      ...Object.entries(leaves[format].words).map(([state, word]) => button(state, () => go({ word }))));
+      ...inOrder(words).map((state) => button(state, () => go({ word: words[state] }))));
   }
 
   function drawHelpers(answers) {

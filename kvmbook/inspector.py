@@ -38,11 +38,12 @@ from kvmbook.word_figures import (
     KINDS,
     LEAVES,
     bit_name,
-    broken_rule,
     changes,
     fields,
     free_bits,
+    legality,
     named_words,
+    stray_bits,
     without_word,
 )
 
@@ -90,17 +91,6 @@ def helper_says(name: str) -> Ask:
     return ask
 
 
-def legality(fmt: SpteFormat, spte: int) -> str:
-    """A sentence if no KVM makes the word, else ""."""
-    return f"KVM never makes this word: {broken}." if (broken := broken_rule(fmt, spte)) else ""
-
-
-def stray_bits(fmt: SpteFormat, spte: int) -> str:
-    """A sentence if a present SPTE has free bits set, else ""."""
-    stray = fmt.is_shadow_present_pte(spte) and spte & free_bits(fmt)
-    return "KVM never makes this word: it leaves free bits at 0." if stray else ""
-
-
 def what_it_is(fmt: SpteFormat, spte: int) -> str:
     """What the entry maps, if anything."""
     if spte == 0:
@@ -131,9 +121,8 @@ def rights_in_words(fmt: SpteFormat, spte: int) -> str:
     if not fmt.is_shadow_present_pte(spte):
         return ""
     names = [name for name, on in zip(("read", "write", "execute"), fmt.hardware_rights(spte), strict=True) if on]
-    return (
-        f"The guest may {' and '.join([', '.join(names[:-1]), names[-1]] if names[1:] else names or ['do nothing'])}."
-    )
+    may = [", ".join(names[:-1]), names[-1]] if names[1:] else names or ["do nothing"]
+    return f"The guest may {' and '.join(may)}."
 
 
 def age_in_words(fmt: SpteFormat, spte: int) -> str:
@@ -146,25 +135,34 @@ def age_in_words(fmt: SpteFormat, spte: int) -> str:
 
 
 def why_not_writable(fmt: SpteFormat, spte: int) -> str:
-    """Which of the four reasons hold, and what the word says about TLBs."""
+    """Which of the four reasons hold."""
     if not fmt.is_shadow_present_pte(spte) or fmt.is_writable_pte(spte):
         return ""
     if not fmt.is_mmu_writable_spte(spte):
         if spte & fmt.shadow_host_writable_mask:
-            reason = "reason 2, shadow paging or write tracking"
+            reason = "reason 2: KVM does not let this page be written, as a rule for shadow paging or write tracking"
         else:
             reason = "reason 3, the host or the slot is read-only"
-        return f"Not writable: {reason}. MW=0: no TLB may hold a writable copy."
-    if fmt.is_access_track_spte(spte):
+        reason += "; also reason 4, access tracking" * bool(fmt.is_access_track_spte(spte))
+    elif fmt.is_access_track_spte(spte):
         reason = "reason 4, access tracking; perhaps also 1, dirty logging"
     elif not fmt.spte_ad_enabled(spte):
         reason = "reason 1, dirty logging; or it was aged, then read: the word does not tell"
     else:
         reason = "reason 1, dirty logging"
-    return f"Not writable: {reason}. MW=1: a TLB may still hold a writable copy."
+    return f"Not writable: {reason}."
 
 
-SENTENCES = (legality, stray_bits, what_it_is, type_in_words, rights_in_words, age_in_words, why_not_writable)
+def what_tlbs_hold(fmt: SpteFormat, spte: int) -> str:
+    """What a word that is not writable tells about TLBs."""
+    if not fmt.is_shadow_present_pte(spte) or fmt.is_writable_pte(spte):
+        return ""
+    may = fmt.is_mmu_writable_spte(spte)
+    return "MW=1: a TLB may still hold a writable copy." if may else "MW=0: no TLB may hold a writable copy."
+
+
+VERDICTS = (legality, stray_bits)  # what there is to say of a word that no KVM makes, and all that is said of it
+SENTENCES = (*VERDICTS, what_it_is, type_in_words, rights_in_words, age_in_words, why_not_writable, what_tlbs_hold)
 
 
 # ---- what is done ----------------------------------------------------------------------------------------------------
@@ -281,6 +279,7 @@ def _tables(masks: SpteFormat) -> dict[str, Any]:
     return {
         "helpers": {name: decision(masks, helper_says(name)) for name in HELPERS},
         "sentences": [decision(masks, sentence) for sentence in SENTENCES],
+        "verdicts": len(VERDICTS),
         "state": decision(masks, spte_state),
         "operations": {key: decision(masks, operation_does(key)) for key in OPERATIONS},
         "special": {
@@ -324,17 +323,23 @@ def _answers(table: dict[str, Any], spte: int) -> dict[str, str]:
     return dict(special["helpers"]) if special else {n: decide(t, spte) for n, t in table["helpers"].items()}
 
 
-def _sentence(table: dict[str, Any], spte: int, first: str = "") -> str:
+def _sentences(table: dict[str, Any], spte: int) -> list[str]:
     special = table["special"].get(f"{spte:016x}")
     said = special["sentences"] if special else [decide(one, spte) for one in table["sentences"]]
+    said = [*filter(None, said[: table["verdicts"]])][:1] or said
     low, width = next(field[1:3] for field in table["fields"] if field[3] == ADDRESS)
     frame = f"{spte >> low & (1 << width) - 1:#x}"
-    return " ".join(sentence.replace("{pfn}", frame) for sentence in [first, *said] if sentence)
+    return [sentence.replace("{pfn}", frame) for sentence in said if sentence]
 
 
 def decode(word: str | int, format: str = "EPT without A/D bits") -> str:
     """What the inspector says of a word, in one sentence or more. ValueError for no word, or an unknown format."""
-    return _sentence(_tables_of(format), parse(word))
+    return " ".join(_sentences(_tables_of(format), parse(word)))
+
+
+def last_sentence(word: str | int, format: str = "EPT without A/D bits") -> str:
+    """The last thing that `decode` says of a word; of one that is not writable, what TLBs may hold."""
+    return _sentences(_tables_of(format), parse(word))[-1]
 
 
 # ---- the widget ------------------------------------------------------------------------------------------------------
@@ -383,6 +388,7 @@ class SpteInspector(anywidget.AnyWidget):
             }
             for name in LEAVES
         }
+        states = dict.fromkeys(state for name in LEAVES for state in named_words(name))
         start = next(iter(named_words(format).values())) if word is None else parse(word)
         super().__init__(
             title="The SPTE inspector",
@@ -395,6 +401,7 @@ class SpteInspector(anywidget.AnyWidget):
                 "undo": UNDO,
                 "patterns": PATTERNS,
                 "operations": {key: said for key, (said, _, _) in OPERATIONS.items()},
+                "order": [*LEAVES, *HELPERS, *OPERATIONS, *states],  # where a widget's state is stored keys are sorted
                 "look": {state: fill for state, (fill, _) in LOOK.items()},
                 "kinds": {kind: [KINDS[kind], ABOUT_KINDS[kind]] for kind in KINDS},
                 "ink": INK,
@@ -478,7 +485,7 @@ class SpteInspector(anywidget.AnyWidget):
         """What the last operation did, if the last step was one, and the word in sentences."""
         key, before, _ = self.steps[-1] if self.steps else ("", "", "")
         done = decide(self._table["operations"][key], int(before, 16))[1] if key else ""
-        return _sentence(self._table, self.spte, done)
+        return " ".join(filter(None, [done, *_sentences(self._table, self.spte)]))
 
     def __repr__(self) -> str:
         yes = [name for name, answer in self.answers.items() if answer == "yes"]

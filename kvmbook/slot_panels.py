@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 from kvmbook.figures import INK, LOOK, LOST, Picture, box, svg, text
 from kvmbook.memslots import PAGE_SIZE, Change, MemorySlot
@@ -24,9 +23,6 @@ from kvmbook.slot_scenes import (
     ask_panel,
     harvest,
 )
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 # ---- which errno? ----------------------------------------------------------------------------------------------------
 
@@ -90,7 +86,9 @@ def ask_picture(asked: Ask) -> Picture:
     parts += [part for slot in asked.after for part in slot_parts(slot, 140)]
     parts += [text(_x(tick), 202, f"{tick:#x}", size=13) for tick in TICKS]
     parts.append(text(MEMORY_LEFT - 8, 202, "gfn", anchor="end", size=13))
-    parts.append(text(8, 234, "checks: ✓ passed, ✕ refuses, no mark: not reached", anchor="start", bold=True))
+    parts.append(
+        text(8, 234, "checks: ✓ passed or does not apply, ✕ refuses, no mark: not reached", anchor="start", bold=True)
+    )
     answer = f"refused with {asked.error} by check {asked.checks}" if asked.error else f"accepted: {asked.says}"
     alt = f"KVM_SET_USER_MEMORY_REGION with {call}: {answer}."
     return Picture(svg(880, 452, alt, parts + check_parts(asked, 262)), alt)
@@ -218,18 +216,3 @@ def word_by_word() -> Panel:
         "page 1 is written (again)": list(WHEN),
     }
     return Panel("A harvest, word by word", settings, show)
-
-
-# ---- counts, by matplotlib -------------------------------------------------------------------------------------------
-
-
-def plot_sent_again(ax: Axes, writes: Sequence[int], counts: Mapping[str, Sequence[int]]) -> None:
-    """Draw how many pages must be sent again, one line a protocol."""
-    lines = (("-", "x", LOOK["missed"][0]), ("--", "o", LOOK["reported"][0]))
-    for (protocol, pages), (style, mark, colour) in zip(counts.items(), lines, strict=True):
-        ax.plot(writes, pages, label=protocol, linestyle=style, marker=mark, color=colour, linewidth=3, markersize=9)
-    ax.set_xlabel("pages written while 64 are sent", fontsize=14)
-    ax.set_ylabel("pages to send again", fontsize=14)
-    ax.tick_params(labelsize=13)
-    ax.grid(alpha=0.3)
-    ax.legend(fontsize=12)

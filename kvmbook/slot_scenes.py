@@ -58,10 +58,10 @@ RULES = (
     Rule("the address space (slot >> 16) is 0 or 1", "address space", region(2 << 16 | 2, 0, 0x300, 64)),
     Rule("guest address + size does not wrap", "wraps around", region(2, 0, 2**52 - 1, 2, 0)),
     Rule("at most 2147483647 pages", "a slot holds at most", region(2, 0, 0x300, 2**31, 0)),
-    Rule("size 0 deletes: the slot exists", "memory_size 0 deletes", region(2, 0, 0x300, 0)),
-    Rule("the slot exists: the same user address", "its user address cannot", region(0, 0, 0x100, 128, USER_BASE)),
-    Rule("the slot exists: the same size", "its size cannot change", region(0, 0, 0x100, 64)),
-    Rule("the slot exists: READONLY as it was", "cannot be switched", region(0, 2, 0x100, 128)),
+    Rule("if the size is 0 (delete): the slot exists", "memory_size 0 deletes", region(2, 0, 0x300, 0)),
+    Rule("if the slot exists: same user address", "its user address cannot", region(0, 0, 0x100, 128, USER_BASE)),
+    Rule("if the slot exists: same size", "its size cannot change", region(0, 0, 0x100, 64)),
+    Rule("if the slot exists: READONLY as it was", "cannot be switched", region(0, 2, 0x100, 128)),
     Rule("no overlap with another slot", "overlap slot", region(2, 0, 0x1F0, 64)),
     Rule("the last gfn is within the host's physical width", "lies above the host's", region(2, 0, 2**34, 64, 0)),
 )
@@ -129,6 +129,15 @@ def ask_panel(slot: str, flags: str, place: str, size: str) -> Ask:
     kept = USER_BASE + 0x100 * PAGE_SIZE if number == 0 else None
     call = region(number, FLAGS[flags], PLACES[place], SIZES[size], kept)
     return ask(call._replace(userspace_addr=call.userspace_addr & -PAGE_SIZE))
+
+
+def what_changes(vm: Vm, **region: Any) -> str:
+    """Make the call that `Vm.user_memory_region` makes of ``region``; say in a line which kind of change it came to, and
+    which slots there are then. OSError if it is refused."""
+    operation = vm.user_memory_region(**region)
+    vm.run(operation)
+    slots = ", ".join(f"slot {slot.id} at {slot.base_gfn:#x}" for slot in vm.memslots.slots.values())
+    return f"{operation.change.value:13} {slots}"
 
 
 def refusals() -> Iterator[tuple[Rule, Ask]]:

@@ -196,7 +196,25 @@ def broken_rule(fmt: SpteFormat, spte: int) -> str:
         return "where KVM has no A/D bits each leaf is of type 1"
     if fmt.shadow_acc_track_mask and spte & (READ_MASK | PT_WRITABLE_MASK) == PT_WRITABLE_MASK:
         return "EPT with W but not R is a misconfiguration"
+    if not any(fmt.hardware_rights(spte)) and not fmt.is_access_track_spte(spte):
+        return "it grants nothing, and it is not access-tracked"
     return ""
+
+
+def legality(fmt: SpteFormat, spte: int) -> str:
+    """A sentence if no KVM makes the word, else "". It does not look at free bits."""
+    return f"KVM never makes this word: {broken}." if (broken := broken_rule(fmt, spte)) else ""
+
+
+def stray_bits(fmt: SpteFormat, spte: int) -> str:
+    """A sentence if a present SPTE has free bits set, else ""."""
+    stray = fmt.is_shadow_present_pte(spte) and spte & free_bits(fmt)
+    return "KVM never makes this word: it leaves free bits at 0." if stray else ""
+
+
+def is_legal(fmt: SpteFormat, spte: int) -> bool:
+    """Whether KVM makes such words: no rule is broken, and free bits are 0."""
+    return not legality(fmt, spte) and not stray_bits(fmt, spte)
 
 
 def without_word(said: str) -> str:
@@ -279,26 +297,28 @@ def _names_parts(fmt: SpteFormat, y: float) -> list[str]:
     return parts
 
 
-def _legend(y: float, flips: bool) -> list[str]:
+def _legend(y: float, differs_from: str) -> list[str]:
     parts, x = [], float(LEFT)
     for kind in (HARDWARE_READS, KVM_READS):
         parts += [box(x, y, 18, 18, KINDS[kind]), text(x + 26, y + 14, ABOUT_KINDS[kind], anchor="start")]
         x += 190
-    if flips:
+    if differs_from:
         parts += [box(x, y, 18, 18, "none", stroke=LOST, extra=' stroke-width="3"')]
-        parts.append(text(x + 26, y + 14, "▲ differs from the word above", anchor="start"))
+        parts.append(text(x + 26, y + 14, f"▲ differs from {differs_from}", anchor="start"))
     return parts
 
 
-def words_picture(fmt: SpteFormat, words: Mapping[str, int]) -> Picture:
-    """Words under each other, each under its label: hex digits over bits, names at the foot, differences framed."""
+def words_picture(fmt: SpteFormat, words: Mapping[str, int], against_first: bool = False) -> Picture:
+    """Words under each other, each under its label: hex digits over bits, names at the foot. What differs from the word above
+    is framed, or with ``against_first`` what differs from the first."""
     parts: list[str] = []
     before = next(iter(words.values()))
     for number, (label, word) in enumerate(words.items()):
         parts += _word_parts(fmt, label, word, before, 4 + 106 * number)
-        before = word
+        before = before if against_first else word
     foot = 106 * len(words) - (2 if len(words) == 1 else -4)
-    parts += [*_names_parts(fmt, foot), *_legend(foot + 50, len(words) > 1)]
+    against = "the first word" if against_first else "the word above"
+    parts += [*_names_parts(fmt, foot), *_legend(foot + 50, against * (len(words) > 1))]
     told = [f"{label}: {word:016x}, {spte_state(fmt, word)}" for label, word in words.items()]
     alt = f"{fmt.name}. {'; '.join(told)}"
     return Picture(svg(WIDTH, foot + 74, alt, parts), alt)
@@ -316,4 +336,4 @@ def formats_picture(formats: Mapping[str, SpteFormat]) -> Picture:
         told.append(f"{label}: {', '.join(names)}")
     alt = f"Lowest bit and name of each field. {'. '.join(told)}"
     height = 78 * len(formats) + 8
-    return Picture(svg(WIDTH, height + 22, alt, [*parts, *_legend(height, False)]), alt)
+    return Picture(svg(WIDTH, height + 22, alt, [*parts, *_legend(height, "")]), alt)

@@ -109,6 +109,18 @@ def test_bad_settings_of_a_harvest():
         harvest(written="page 2")
 
 
+def test_what_changes_says_each_kind_of_change_and_a_refusal_changes_nothing():
+    vm = slot_scenes.two_slots()
+    calls = ({"base_gfn": 0x300, "npages": 8}, {"base_gfn": 0x300, "npages": 8, "log_dirty_pages": True}, {})
+    said = [slot_scenes.what_changes(vm, slot=2, **call).split("  ")[0] for call in calls]
+    assert said == ["create", "flags only", "delete"]
+    with pytest.raises(OSError, match="overlap"):
+        slot_scenes.what_changes(vm, slot=2, base_gfn=0x1FF, npages=2)
+    assert slot_scenes.what_changes(vm, slot=1, base_gfn=0x240, npages=64).split() == (
+        ["move", "slot", "0", "at", "0x100,", "slot", "1", "at", "0x240"]
+    )
+
+
 def test_ask_twice_and_send_again():
     assert [slot_scenes.ask_twice(protocol) for protocol in PROTOCOLS] == [(3, 0), (3, 3), (64, 64)]
     assert slot_scenes.sent_again("GET clears", 0, 128) == 0
@@ -176,11 +188,10 @@ def test_a_missed_write_would_be_said():
 @pytest.mark.parametrize(
     ("number", "answer"),
     [
-        (1, "EINVAL"),
+        (1, "a slow fault: its mapping is gone"),
         (2, "in this report"),
         (3, "the next GET names the page"),
         (4, "one page is cleared and protected, the others are left alone"),
-        (5, "a slow fault: its mapping is gone"),
     ],
 )
 def test_questions(number, answer):
@@ -230,6 +241,79 @@ def until_empty(vm, send):
         parts()(vm, send)
 
 
+def whole_blocks(vm, send):
+    """CLEARs all of a block of 64 that has a dirty page, and sends all of it."""
+    report = vm.get_dirty_log(0)
+    for first in range(0, 200, 64):
+        part = report[first : first + 64]
+        if part.any():
+            vm.clear_dirty_log(0, first, part.size, np.ones(part.size, bool))
+            for page in range(part.size):
+                send(first + page)
+
+
+def whole_slot(vm, send):
+    """Sends all of the slot if any of it is dirty."""
+    report = vm.get_dirty_log(0)
+    if report.any():
+        for first in range(0, 200, 64):
+            part = report[first : first + 64]
+            vm.clear_dirty_log(0, first, part.size, np.ones(part.size, bool))
+        for page in range(200):
+            send(page)
+
+
+def twice(vm, send):
+    def send_twice(page):
+        send(page)
+        send(page)
+
+    parts()(vm, send_twice)
+
+
+def one_by_one(vm, send):
+    """A CLEAR for each page, of the block that it lies in."""
+    for page in vm.get_dirty_log(0).nonzero()[0]:
+        first = int(page) // 64 * 64
+        part = np.arange(first, min(first + 64, 200)) == page
+        vm.clear_dirty_log(0, first, part.size, part)
+        send(int(page))
+
+
+def all_clears_first(vm, send):
+    report = vm.get_dirty_log(0)
+    for first in range(0, 200, 64):
+        vm.clear_dirty_log(0, first, report[first : first + 64].size, report[first : first + 64])
+    for page in report.nonzero()[0][::-1]:
+        send(int(page))
+
+
+def a_round_behind():
+    """Sends in each round what the round before has cleared, and then what it has cleared itself."""
+    cleared = []
+
+    def loop(vm, send):
+        while cleared:
+            send(cleared.pop())
+        parts()(vm, cleared.append)
+        while cleared:
+            send(cleared.pop())
+
+    return loop
+
+
+def never_arms():
+    """Reads, sends, and in the sixth round is tired."""
+    rounds = []
+
+    def loop(vm, send):
+        rounds.append(1)
+        if len(rounds) < 6:
+            parts(clears=False)(vm, send)
+
+    return loop
+
+
 def lose(who=1, again=1, until="take_bits"):
     def run(vm, get):
         vm.start(get)
@@ -249,14 +333,22 @@ def lose(who=1, again=1, until="take_bits"):
         ("check_02_1", "EINVAL", "No: give a list of 6"),
         ("check_02_1", ["0"], "No: give a list of 6"),
         ("check_02_1", ["EPERM"] * 6, "No: 'EPERM' is none of"),
+        ("check_02_1", [0] * 6, 'No: write the names as strings, also "0"'),
         ("check_02_2", parts(), "Yes."),
         ("check_02_2", until_empty, "Yes."),
+        ("check_02_2", one_by_one, "Yes."),
+        ("check_02_2", all_clears_first, "Yes."),
+        ("check_02_2", a_round_behind(), "Yes."),
+        ("check_02_2", whole_blocks, "No: 788 times you send a page that no report has named since you sent it last"),
+        ("check_02_2", whole_slot, "No: 748 times you send a page"),
+        ("check_02_2", twice, "No: 182 times you send a page"),
+        ("check_02_2", never_arms(), "No: page 0 is still writable, though you sent it"),
         ("check_02_2", parts(copies_first=True), "No: the guest has stopped, and"),
         ("check_02_2", parts(asks_for_all=True), "No: the guest has stopped, and"),
         ("check_02_2", parts(last=192), "No: the guest has stopped, and"),
         ("check_02_2", parts(clears=False), "No: the guest wrote nothing since"),
         ("check_02_2", at_once, "No: one CLEAR speaks of 200 pages"),
-        ("check_02_2", lambda vm, send: [send(page) for page in range(200)], "No: the guest wrote nothing since"),
+        ("check_02_2", lambda vm, send: [send(page) for page in range(200)], "No: 1000 times you send a page"),
         ("check_02_2", lambda vm, send: send(200), "No: your answer raised ValueError: page 200 is not in the slot"),
         ("check_02_2", lambda vm, send: None, "No: the guest has stopped, and"),
         ("check_02_3", lose(), "Yes."),

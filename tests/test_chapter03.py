@@ -21,6 +21,7 @@ from kvmbook.inspector import (
     SpteInspector,
     decode,
     helper_says,
+    last_sentence,
     looks_at,
     operation_does,
     parse,
@@ -37,6 +38,7 @@ from kvmbook.word_figures import (
     changes,
     fields,
     formats_picture,
+    is_legal,
     named_words,
     words_picture,
 )
@@ -64,7 +66,9 @@ def words_to_try(format, count, seed=3):
 
 
 def sentence_of_the_model(fmt, spte):
-    return " ".join(s.replace("{pfn}", f"{fmt.pfn(spte):#x}") for ask in SENTENCES if (s := ask(fmt, spte)))
+    """All sentences; of a word that no KVM makes only the first that says so."""
+    said = [s.replace("{pfn}", f"{fmt.pfn(spte):#x}") for ask in SENTENCES if (s := ask(fmt, spte))]
+    return " ".join(said if is_legal(fmt, spte) else said[:1])
 
 
 @pytest.mark.parametrize("format", LEAVES)
@@ -114,6 +118,15 @@ def test_what_is_carried_is_small_and_shared(inspector):
     assert len(inspector.tables) == 3  # NPT and shadow paging have the same masks
     carried = inspector.get_state()
     assert len(json.dumps({key: value for key, value in carried.items() if isinstance(key, str)})) < 80_000
+
+
+def test_the_order_of_everything_with_a_name_is_carried(inspector):
+    """Where a widget's state is stored, keys are sorted: a view without a kernel cannot go by their order."""
+    order = inspector.words["order"]
+    assert len(set(order)) == len(order)
+    shown = [inspector.leaves, inspector.answers, inspector.words["operations"]]
+    for names in shown + [leaf["words"] for leaf in inspector.leaves.values()]:
+        assert [name for name in order if name in names] == list(names)
 
 
 def test_looks_at_names_the_bits_of_the_fact_sheet():
@@ -185,22 +198,28 @@ def test_no_word_that_the_model_makes_breaks_a_rule():
         ("NPT", 0x0010000004567E67, "outside EPT the type is always 0"),
         ("EPT with A/D bits", 0x0600000004567B76, "a misconfiguration"),
         ("NPT", 0x0000000004567667, "not MMU-present, but hardware would use it"),
+        ("EPT with A/D bits", 0x0600000004567B70, "it grants nothing, and it is not access-tracked"),
+        ("EPT, nested (type 2)", 0x0620000004567B70, "it grants nothing"),
+        ("NPT", 0x0000000004567E66, "it grants nothing"),
     ],
 )
 def test_words_that_kvm_never_makes(format, word, said):
     if said == "HW=1, MW=1":  # saved bits where there is an A bit
         said = "saved R/X bits in an SPTE that has A/D bits"
     assert said in broken_rule(LEAVES[format].fmt, word)
-    assert decode(word | 1 << 62, format).startswith("KVM never makes this word: ")
     assert decode(word, format).startswith("KVM never makes this word: ")
+    for illegal in (word, word | 1 << 62):
+        said = decode(illegal, format)
+        assert said.count("KVM never makes this word: ") == 1 and "page" not in said
+        assert not is_legal(LEAVES[format].fmt, illegal)
 
 
 @pytest.mark.parametrize("format", LEAVES)
 def test_free_bits_stay_clear(format):
     for spte in named_words(format).values():
         if spte >> 11 & 1:
-            assert "free bits" not in decode(spte, format)
-            assert "free bits" in decode(spte | 1 << 61, format)
+            assert is_legal(LEAVES[format].fmt, spte) and "free bits" not in decode(spte, format)
+            assert decode(spte | 1 << 61, format) == "KVM never makes this word: it leaves free bits at 0."
 
 
 # ---- the panel by its methods ----------------------------------------------------------------------------------------
@@ -218,6 +237,23 @@ def test_the_puzzle_both_ways_lead_to_one_word():
     for _ in range(9):
         panel.undo()
     assert panel.steps == [] and panel.word == "0610000004567877" and repr(panel) == repr(SpteInspector())
+
+
+@pytest.mark.parametrize("word", [0x0350000004567870, 0x0150000004567870])
+def test_an_aged_page_may_have_another_reason_as_well(word):
+    said = decode(word)
+    assert "MW=0: no TLB may hold" in said and "; also reason 4, access tracking. " in said
+    assert ("reason 2: KVM does not let this page be written" in said) == bool(word >> 57 & 1)
+    assert "also reason 4" not in decode(word & ~(0b101 << 54) | 0b101)
+
+
+def test_the_last_sentence_is_about_tlbs_if_the_word_is_not_writable():
+    for state, spte in named_words("EPT without A/D bits").items():
+        said = last_sentence(spte)
+        assert decode(spte).endswith(said), state
+        assert said.startswith("MW=") == (0 < spte & 1 << 11 and not spte & 2), state
+    with pytest.raises(ValueError, match="a format is one of"):
+        last_sentence(0, "VAX")
 
 
 def test_bad_input_changes_nothing():
@@ -247,7 +283,9 @@ def test_bits_flip_and_words_are_read_in_any_spelling():
     panel.toggle(63)
     assert panel.word == "8000000000000807" and [step[0] for step in panel.steps] == ["", ""]
     panel.choose("NPT")
-    assert "may read and write" in panel.readout  # no execute
+    assert "HW=0, MW=0, W=1" in panel.readout
+    assert "may read and write." in panel.show(0x8000000000000E67)  # no execute
+    panel.undo()
     panel.undo()
     assert panel.format == "EPT without A/D bits"
 
@@ -331,7 +369,14 @@ def test_pictures_of_words_are_deterministic_and_say_what_they_show(format):
         ((a ^ b) & (ALL_BITS ^ fmt.pfn(ALL_BITS) << 12)).bit_count()
         for a, b in zip(list(words.values()), list(words.values())[1:], strict=False)
     )
-    assert picture.svg.count(">▲<") == flips
+    assert picture.svg.count(">▲<") == flips and "▲ differs from the word above" in picture.svg
+
+
+def test_a_picture_can_compare_with_its_first_word():
+    fmt, words = LEAVES["NPT"].fmt, {"none": 0, "one bit": 1, "another": 2, "both": 3}
+    drawn = words_picture(fmt, words, against_first=True).svg
+    assert drawn.count(">▲<") == 4 and "▲ differs from the first word" in drawn
+    assert words_picture(fmt, dict(list(words.items())[:3])).svg.count(">▲<") == 1 + 2
 
 
 def test_the_picture_of_the_formats_names_every_field():
@@ -357,24 +402,28 @@ def decoded(seed):
 
 def test_decoding_any_fresh_word(capsys):
     assert {ch03.found_word(seed).format for seed in range(40)} == set(LEAVES)
+    states = {decoded(seed)["state"] for seed in range(40)}
+    assert states == {"writable", "clean", "write-protected", "access-tracked", "read-only"}
     for seed in range(40):
         right = decoded(seed)
         ch03.check_03_1(right, seed=seed)
         assert capsys.readouterr().out == "Yes.\n"
         wrong = random.Random(seed).choice(list(right))
-        ch03.check_03_1({**right, wrong: "?"}, seed=seed)
+        ch03.check_03_1({**right, wrong: -1 if wrong == "pfn" else "?"}, seed=seed)
         hint = capsys.readouterr().out
         assert hint.startswith(f"No: '{wrong}' is another; look at:") and repr(right[wrong]) not in hint.split(";")[0]
 
 
 def test_building_any_word(capsys):
     right = {1: "060000091c758a77", 2: "0750000178219870", 3: "020000097c750b75"}
+    one = "one bit is wrong, one that"
+    hints = {12: "the frame is another"}
+    hints |= {1: f"{one} hardware reads", 58: f"{one} only KVM reads", 62: f"{one} nobody reads"}
     for seed, word in right.items():
         for answer in (word, int(word, 16), f"0x{word}"):
             ch03.check_03_2(answer, seed=seed)
             assert capsys.readouterr().out == "Yes.\n"
-        for bit, said in ((12, "the frame is another"), (1, "1 bits are wrong, among them one of the hardware"),
-                          (58, "1 bits are wrong, among them one that only KVM reads")):  # fmt: skip
+        for bit, said in hints.items():
             ch03.check_03_2(int(word, 16) ^ 1 << bit, seed=seed)
             assert capsys.readouterr().out.startswith(f"No: {said}")
 
@@ -393,13 +442,18 @@ def origins(fmt, spte):
     [
         ("check_03_1", {"pfn": 1}, "No: give a dict with the keys pfn, type, W, MW, young, state"),
         ("check_03_1", 5, "No: give a dict"),
+        ("check_03_1", {**decoded(1), "pfn": "c2c954"}, "No: give pfn as a number, 0x..."),
+        ("check_03_2", 0x060000091C758A77 ^ 3, "No: 2 bits are wrong, among them one that hardware reads\n"),
+        ("check_03_2", 0x060000091C758A77 ^ 1, "No: one bit is wrong, one that hardware reads; besides, KVM never"),
         ("check_03_2", "seven", "No: your answer raised ValueError: A word is 1 to 16 hexadecimal digits"),
         (
             "check_03_2",
             "060000091c758277",
-            "No: 1 bits are wrong, among them one that only KVM reads; besides, KVM never",
+            "No: one bit is wrong, one that only KVM reads; besides, KVM never",
         ),
         ("check_03_3", origins, "Yes."),
+        ("check_03_3", lambda fmt, spte: [f"{word:016x}" for word in origins(fmt, spte)], "Yes."),
+        ("check_03_3", lambda fmt, spte: ["none"], "No: your answer raised ValueError: A word is 1 to 16"),
         ("check_03_3", lambda fmt, spte: [spte], "No: EPT without A/D bits, 0610000004567877: you name 1 that"),
         (
             "check_03_3",
@@ -427,7 +481,7 @@ def test_check_cells_answer_wrong_answers_with_a_hint(check, answer, said, capsy
     [
         ("quiz_03_1", "yes, at once: a TLB entry may be left"),
         ("quiz_03_2", "by W"),
-        ("quiz_03_3", "no"),
+        ("quiz_03_3", "yes: MW is 1, so a TLB may still let the guest write"),
         ("quiz_03_4", "R and X"),
         ("quiz_03_5", "it is a word that KVM never makes"),
     ],

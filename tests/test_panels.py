@@ -1,21 +1,18 @@
 """Panels carry what the model says, for every combination; pictures are deterministic and say what they show."""
 
-import xml.etree.ElementTree as ET
-
 import pytest
 
 from kvmbook import FlushPolicy, Hardware, Kernel, figures, scenes
 from kvmbook.explore import explore
-from kvmbook.panels import Panel, View, lose_a_write, search_progress, who_flushes_where, write_the_rule
+from kvmbook.panels import Panel, View, lose_a_write, search_progress, who_flushes_where
 from kvmbook.schedule import Grain
 
 NO_AD = Hardware.ept(ad_bits=False)
 
 
-@pytest.mark.parametrize("make", [lose_a_write, who_flushes_where, write_the_rule])
+@pytest.mark.parametrize("make", [lose_a_write, who_flushes_where])
 def test_every_combination_is_carried_and_agrees_with_a_live_answer(make):
     panel, live = make(), make()
-    live.states = {}
     names = list(panel.chosen)
     for combination in panel.combinations():
         live.states = {}
@@ -23,9 +20,6 @@ def test_every_combination_is_carried_and_agrees_with_a_live_answer(make):
         live.chosen = dict(zip(names, combination, strict=True))
         key = " | ".join(combination)
         assert live.states[key] == panel.states[key]
-        picture = ET.fromstring(panel.states[key]["svg"])
-        assert picture.get("role") == "img" and picture[0].tag.endswith("title") and len(picture[0].text) > 20
-        assert panel.states[key]["readout"].endswith(".")
 
 
 def test_the_first_view_is_the_lost_write_and_either_toggle_saves_it():

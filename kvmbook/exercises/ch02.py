@@ -15,22 +15,31 @@ from kvmbook.hardware import Hardware
 from kvmbook.kernel import Kernel
 from kvmbook.memslots import MemoryRegion
 from kvmbook.scenes import BASE_GFN
-from kvmbook.slot_scenes import ProtectFirst, ask, errno_of, harvest, logged_vm, region
+from kvmbook.slot_scenes import ProtectFirst, errno_of, harvest, logged_vm, region
 from kvmbook.vm import Vm
 
 # ---- questions -------------------------------------------------------------------------------------------------------
 
 
-@question("EINVAL", "EEXIST", "it succeeds: an unknown flag is ignored")
+@question("a TLB hit: slot 0 is untouched", "a walk: only the TLBs were flushed", "a slow fault: its mapping is gone")
 def quiz_02_1() -> Answer:
-    """A call wants to create slot 2 on gfns that slot 1 has already, and its flags are 4, which means nothing. What does the
-    kernel answer?"""
-    asked, without = ask(region(2, 4, 0x200, 64)), ask(region(2, 0, 0x200, 64))
+    """The guest has just written a page of slot 0. User space deletes slot 1, elsewhere in guest memory. How does the next
+    write to that page of slot 0 go?"""
+    vm = logged_vm()
+    vm.set_user_memory_region(slot=1, base_gfn=0x1000, npages=64)
+    vm.vcpu[0].write(BASE_GFN)
+    vm.set_user_memory_region(slot=1)
+    outcome = vm.vcpu[0].write(BASE_GFN)
+    options = {
+        Outcome.HIT: "a TLB hit: slot 0 is untouched",
+        Outcome.WALK: "a walk: only the TLBs were flushed",
+        Outcome.SLOW_FAULT: "a slow fault: its mapping is gone",
+    }
     because = (
-        f"Two rules are broken, and the check that comes first answers: the flags are check {asked.checks}. With flags 0 "
-        f"the call comes to check {without.checks}, the overlap, and {without.error}."
+        "Nothing of slot 1 must be reached any more, and these releases do not look for its SPTEs one by one: they drop all "
+        "SPTEs of the VM, and flush."
     )
-    return Answer(asked.error or "it succeeds: an unknown flag is ignored", because)
+    return Answer(options[outcome], because)
 
 
 @question(
@@ -52,10 +61,12 @@ def quiz_02_2() -> Answer:
 
 
 @question(
-    "it is lost: nothing faults", "the next GET names the page", "it is lost, unless user space CLEARs it once more"
+    "it is lost: nothing faults",
+    "the next GET names the page",
+    "it is lost: the page was copied, so the next GET leaves it out",
 )
 def quiz_02_3() -> Answer:
-    """With INITIALLY_SET, user space GETs the log, CLEARs pages 0 to 63, and copies *all* pages. Then the guest writes page
+    """With INITIALLY_SET, user space GETs the log, CLEARs pages 0 to 63, and copies all pages. Then the guest writes page
     70, and the write goes through without a fault. What becomes of it?"""
     vm = logged_vm("manual, initially set")
     vm.clear_dirty_log(0, 0, 64, vm.get_dirty_log(0)[:64])
@@ -63,8 +74,8 @@ def quiz_02_3() -> Answer:
     named = outcome in (Outcome.HIT, Outcome.WALK) and vm.get_dirty_log(0)[70]
     option = "the next GET names the page" if named else "it is lost: nothing faults"
     because = (
-        "Page 70 was never cleared, so its bit is set still. Who copies a page without CLEAR copies it again, but loses "
-        "nothing; a page that is writable is dangerous only if its bit is clear."
+        "Page 70 was never cleared, so its bit is set still. If you copy a page without a CLEAR you copy it again, but "
+        "lose nothing; a page that is writable is dangerous only if its bit is clear."
     )
     return Answer(option, because)
 
@@ -88,27 +99,6 @@ def quiz_02_4() -> Answer:
         "after your GET is cleared too, and you never heard of it."
     )
     return Answer(option, because)
-
-
-@question("a TLB hit: slot 0 is untouched", "a walk: only the TLBs were flushed", "a slow fault: its mapping is gone")
-def quiz_02_5() -> Answer:
-    """The guest has just written a page of slot 0. User space deletes slot 1, elsewhere in guest memory. How does the next
-    write to that page of slot 0 go?"""
-    vm = logged_vm()
-    vm.set_user_memory_region(slot=1, base_gfn=0x1000, npages=64)
-    vm.vcpu[0].write(BASE_GFN)
-    vm.set_user_memory_region(slot=1)
-    outcome = vm.vcpu[0].write(BASE_GFN)
-    options = {
-        Outcome.HIT: "a TLB hit: slot 0 is untouched",
-        Outcome.WALK: "a walk: only the TLBs were flushed",
-        Outcome.SLOW_FAULT: "a slow fault: its mapping is gone",
-    }
-    because = (
-        "Nothing of slot 1 must be reached any more, and these releases do not look for its SPTEs one by one: they drop all "
-        "SPTEs of the VM, and flush."
-    )
-    return Answer(options[outcome], because)
 
 
 # ---- 1: predict errno ------------------------------------------------------------------------------------------------
@@ -188,6 +178,8 @@ def check_02_1(answer: Sequence[str], seed: int = 1) -> str:
     if isinstance(answer, str) or len(answer) != len(calls):
         return f'give a list of {len(calls)} names, one for each call, like ["0", "EINVAL", ...]'
     for number, (given, call) in enumerate(zip(answer, calls, strict=True), 1):
+        if not isinstance(given, str):
+            return f'write the names as strings, also "0"; the answer to call {number} is {given!r}'
         if given not in ("0", "EINVAL", "EEXIST", "ENOENT", "ENXIO"):
             return f'{given!r} is none of "0", "EINVAL", "EEXIST", "ENOENT", "ENXIO"'
         if given != errno_02_1(call):
@@ -203,8 +195,9 @@ Loop = Callable[[Vm, Callable[[int], None]], Any]
 
 class BusyVm(Vm):
     """A VM whose guest goes on writing while user space talks to KVM, and whose every page has a version: ``here`` the
-    guest's, ``there`` the one that was sent last. ``longest``: the most pages that one CLEAR spoke of. ``turns``: how
-    often the guest goes on before it rests, so that a loop which waits for an empty report ends."""
+    guest's, ``there`` the one that was sent last. ``longest``: the most pages that one CLEAR spoke of. ``named``: the pages
+    that a report has named since they were sent last; ``unasked``: how many were sent without. ``turns``: how often the
+    guest goes on before it rests, so that a loop which waits for an empty report ends."""
 
     def __init__(self) -> None:
         super().__init__(Hardware.ept(ad_bits=False), Kernel.v6_0)
@@ -212,6 +205,7 @@ class BusyVm(Vm):
         self.set_user_memory_region(slot=0, base_gfn=BASE_GFN, npages=SLOT_PAGES, log_dirty_pages=True)
         self.here, self.there = [0] * SLOT_PAGES, [0] * SLOT_PAGES
         self.draw, self.turns, self.longest, self.sent = random.Random(2), 0, 0, 0
+        self.named, self.unasked = set[int](), 0
 
     def guest_writes(self, pages: Sequence[int]) -> None:
         for page in pages:
@@ -229,6 +223,7 @@ class BusyVm(Vm):
     def get_dirty_log(self, slot: int = 0) -> np.ndarray:
         report = super().get_dirty_log(slot)
         self.guest_goes_on()
+        self.named |= set(np.flatnonzero(report).tolist())
         return report
 
     def clear_dirty_log(self, slot: int, first_page: int, num_pages: int, bitmap: np.ndarray) -> None:
@@ -241,6 +236,8 @@ class BusyVm(Vm):
         """User space's part: copy a page to the destination."""
         if not 0 <= page < SLOT_PAGES:
             raise ValueError(f"page {page} is not in the slot: send() takes page numbers from 0 to {SLOT_PAGES - 1}")
+        self.unasked += page not in self.named
+        self.named.discard(page)
         self.there[page] = self.here[page]
         self.sent += 1
         if page % 8 == 0:
@@ -265,12 +262,14 @@ def check_02_2(loop: Loop) -> str:
             f"the guest has stopped, and {len(old)} pages of the destination are old, page {old[0]} for one; "
             "what may the guest do between any two of your calls?"
         )
+    if vm.unasked:
+        return f"{vm.unasked} times you send a page that no report has named since you sent it last"
     sent = vm.sent
     loop(vm, vm.send)
     if vm.sent > sent:
         return f"the guest wrote nothing since your last harvest, and you send {vm.sent - sent} pages again"
     writable = [page for page in range(SLOT_PAGES) if vm.fmt.is_writable_pte(vm.spte(BASE_GFN + page))]
-    return f"page {writable[0]} can be written unseen; it was never armed again" if writable else ""
+    return f"page {writable[0]} is still writable, though you sent it: it was never armed again" if writable else ""
 
 
 # ---- 3: another order ------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Exercises and questions of chapter 03."""
 
 import random
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -16,12 +16,12 @@ from kvmbook.spte import (
     PT_WRITABLE_MASK,
     READ_MASK,
     SHADOW_ACC_TRACK_SAVED_MASK,
-    SPTE_TDP_AD_ENABLED_MASK,
+    SPTE_TDP_AD_DISABLED_MASK,
     SPTE_TDP_AD_MASK,
     SPTE_TDP_AD_WRPROT_ONLY_MASK,
     SpteFormat,
 )
-from kvmbook.word_figures import KVM_READS, LEAVES, PFN, broken_rule, fields
+from kvmbook.word_figures import FREE, KVM_READS, LEAVES, PFN, broken_rule, fields
 
 # ---- quiz ------------------------------------------------------------------------------------------------------------
 
@@ -34,7 +34,8 @@ def quiz_03_1() -> Answer:
     assert not vm.fmt.is_writable_pte(vm.spte(BASE_GFN))
     at_once = vm.vcpu[0].write(BASE_GFN) is Outcome.HIT
     because = (
-        "Its TLB still holds the old rights, and no walk looks at W. The bit that warns you is MMU-writable: it is 1."
+        "Its TLB still holds the old rights, and a TLB hit does not look at W. The bit that warns you is MMU-writable: it "
+        "is 1."
     )
     return Answer("yes, at once: a TLB entry may be left" if at_once else "yes, but only after a fault", because)
 
@@ -51,13 +52,16 @@ def quiz_03_2() -> Answer:
     return Answer(option, because)
 
 
-@question("yes", "no")
+@question("no: W is 0, so there is nothing to take away", "yes: MW is 1, so a TLB may still let the guest write")
 def quiz_03_3() -> Answer:
-    """An SPTE of an EPT with A/D bits has type 0 and R = W = X = 0. Does is_access_track_spte() say yes?"""
-    fmt = SpteFormat.ept()
-    spte = fmt.make_spte(PFN, ad_type=SPTE_TDP_AD_ENABLED_MASK).spte & (2**64 - 1 ^ fmt.shadow_acc_track_mask)
-    because = "Access tracking is for type 1 only. An SPTE of type 0 has an A bit, and is aged by clearing that."
-    return Answer("yes" if fmt.is_access_track_spte(spte) else "no", because)
+    """On a CPU without A/D bits an SPTE is access-tracked: R = W = X = 0. Now KVM protects its page for shadow paging. Does
+    spte_write_protect() ask for a flush?"""
+    fmt = SpteFormat.ept(ad_bits=False)
+    spte = fmt.mmu_spte_age(fmt.make_spte(PFN, ad_type=SPTE_TDP_AD_DISABLED_MASK).spte).spte
+    flush = fmt.spte_write_protect(spte, pt_protect=True).flush
+    yes, no = "yes: MW is 1, so a TLB may still let the guest write", "no: W is 0, so there is nothing to take away"
+    because = "With pt_protect it looks at MW, not at W: MW goes from 1 to 0, and that never happens without a flush."
+    return Answer(yes if flush else no, because)
 
 
 @question("R, W and X", "R and X", "only R")
@@ -88,11 +92,13 @@ def quiz_03_5() -> Answer:
 
 # ---- exercise 1: decode ----------------------------------------------------------------------------------------------
 
+MADE_AGAIN = "a second fault makes it again"  # over W = 1: without D, where there is a D bit
 STEPS: dict[str, Callable[[SpteFormat, int], int]] = {
     "the host ages it": lambda fmt, spte: int(fmt.mmu_spte_age(spte).spte),
     "a vCPU reads it": lambda fmt, spte: read(fmt, spte),
     "it is write-protected for logging": lambda fmt, spte: int(fmt.spte_write_protect(spte).spte),
     "it is protected for shadow paging": lambda fmt, spte: int(fmt.spte_write_protect(spte, pt_protect=True).spte),
+    MADE_AGAIN: lambda fmt, spte: make_again(fmt, spte),
 }
 SKETCHES = (
     ("the host ages it",),
@@ -108,6 +114,12 @@ def read(fmt: SpteFormat, spte: int) -> int:
     if fmt.is_access_track_spte(spte):
         return int(fmt.restore_acc_track_spte(spte))
     return spte | int(fmt.spte_shadow_accessed_mask(spte))
+
+
+def make_again(fmt: SpteFormat, spte: int) -> int:
+    """The SPTE after a second fault on the same page, by a vCPU that was late."""
+    again = fmt.make_spte(int(fmt.pfn(spte)), ad_type=spte & SPTE_TDP_AD_MASK, old_spte=spte)
+    return int(again.spte)
 
 
 class Found(NamedTuple):
@@ -133,13 +145,17 @@ class History(NamedTuple):
 
 def history(seed: int) -> History:
     """A history for exercise 2, another for each seed."""
+    return _drawn(seed, SKETCHES)
+
+
+def _drawn(seed: int, sketches: Sequence[tuple[str, ...]]) -> History:
     chance = random.Random(seed)
-    return History(chance.choice(list(LEAVES)), chance.randrange(0x1000, 0x1000000), chance.choice(SKETCHES))
+    return History(chance.choice(list(LEAVES)), chance.randrange(0x1000, 0x1000000), chance.choice(sketches))
 
 
 def found_word(seed: int) -> Found:
     """A word for exercise 1, another for each seed."""
-    past = history(seed + 1000)
+    past = _drawn(seed + 1000, (*SKETCHES, (MADE_AGAIN,)))
     return Found(past.format, _after(past))
 
 
@@ -157,7 +173,7 @@ WHERE = {
     "W": "bit 1",
     "MW": "KVM's own bit; where is it in this format?",
     "young": "an A bit if there is one, else: is it access-tracked?",
-    "state": "one of writable, clean, write-protected, access-tracked, read-only; which tests come first?",
+    "state": "the list in the exercise, from its top",
 }
 
 
@@ -176,6 +192,8 @@ def check_03_1(decoded: Mapping[str, Any], seed: int = 1) -> str:
     }
     if not isinstance(decoded, Mapping) or set(decoded) != set(facts):
         return f"give a dict with the keys {', '.join(facts)}"
+    if isinstance(decoded["pfn"], str):
+        return "give pfn as a number, 0x..."
     wrong = next((name for name, value in facts.items() if decoded[name] != value), None)
     return f"{wrong!r} is another; look at: {WHERE[wrong]}" if wrong else ""
 
@@ -193,11 +211,14 @@ def check_03_2(word: str | int, seed: int = 1) -> str:
         return ""
     if fmt.pfn(wrong):
         return "the frame is another"
-    who = (
-        "that only KVM reads" if any(f.mask & wrong for f in fields(fmt) if f.kind == KVM_READS) else "of the hardware"
-    )
+    kinds = {field.kind for field in fields(fmt) if field.mask & wrong}
+    who = "that nobody reads"
+    if kinds != {FREE}:
+        who = "that only KVM reads" if KVM_READS in kinds else "that hardware reads"
+    many = wrong.bit_count()
+    said = "one bit is wrong, one" if many == 1 else f"{many} bits are wrong, among them one"
     tail = f"; besides, KVM never makes your word: {broken}" if (broken := broken_rule(fmt, spte)) else ""
-    return f"{wrong.bit_count()} bits are wrong, among them one {who}{tail}"
+    return f"{said} {who}{tail}"
 
 
 # ---- exercise 3: backwards -------------------------------------------------------------------------------------------
@@ -217,13 +238,13 @@ def _origins(fmt: SpteFormat, spte: int) -> set[int]:
 
 
 @checker
-def check_03_3(origins: Callable[[SpteFormat, int], Collection[int]]) -> str:
+def check_03_3(origins: Callable[[SpteFormat, int], Collection[str | int]]) -> str:
     """All words from which one ageing leads to a given one, for leaves of all formats, young and old."""
     for format, (fmt, ad_type) in LEAVES.items():
         fresh = fmt.make_spte(PFN, ad_type=ad_type).spte
         protected, guarded = (int(fmt.spte_write_protect(fresh, pt_protect=pt).spte) for pt in (False, True))
         for spte in (fresh, protected, *(int(fmt.mmu_spte_age(s).spte) for s in (fresh, protected, guarded))):
-            said, right = {int(word) for word in origins(fmt, spte)}, _origins(fmt, spte)
+            said, right = {parse(word) for word in origins(fmt, spte)}, _origins(fmt, spte)
             where = f"{format}, {spte:016x}"
             if said - right:
                 return f"{where}: you name {len(said - right)} that KVM never makes, or that do not become this word"
