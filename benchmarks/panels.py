@@ -1,0 +1,88 @@
+"""From a click to the new picture in JupyterLab: a panel that carries its states, and the same one asking its kernel.
+
+Measured in the page: from the click on an option until the new picture stands in the panel and two more animation frames
+have passed, so that it has been drawn. Each click chooses a combination that was not chosen before, one setting at a time.
+"""
+
+from __future__ import annotations
+
+import itertools
+import pathlib
+import statistics
+import tempfile
+from collections.abc import Iterator, Sequence
+
+from playwright.sync_api import Page
+
+from kvmbook.panels import Panel, lose_a_write
+from tests.lab import Lab, errors_in, jupyter_lab
+from tools.browser import chromium, chromium_path
+
+CLICKS, WARM_UP = 20, 3
+GOALS = {"carried by the panel": 50, "computed by the kernel": 150}  # milliseconds
+COMPUTED = """from kvmbook.panels import Panel, lose_a_write
+panel = lose_a_write()
+settings = {setting["name"]: setting["options"] for setting in panel.settings}
+Panel(panel.title, settings, panel._show, carry=False)"""
+CLICK = """([setting, option]) => new Promise((drawn) => {
+  const panel = document.querySelector(".kvmbook-panel"), figure = panel.querySelector(".kvmbook-figure");
+  const input = panel.querySelectorAll("fieldset")[setting].querySelectorAll("input")[option];
+  const before = figure.querySelector("svg"), start = performance.now();
+  const observer = new MutationObserver(() => {
+    if ([null, before].includes(figure.querySelector("svg"))) return;
+    observer.disconnect();
+    requestAnimationFrame(() => requestAnimationFrame(() => drawn(performance.now() - start)));
+  });
+  observer.observe(figure, { childList: true });
+  input.click();
+})"""
+
+
+def walk(panel: Panel) -> Iterator[tuple[int, int]]:
+    """Clicks, each as (setting, option), by number, that pass all combinations once, starting at the first."""
+    at = [0] * len(panel.settings)
+    for combination in boustrophedon([len(setting["options"]) for setting in panel.settings]):
+        for setting, (was, option) in enumerate(zip(at, combination, strict=True)):
+            if was != option:
+                yield setting, option
+        at = list(combination)
+
+
+def boustrophedon(sizes: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """All combinations of numbers below ``sizes``, neighbours differing in one place: as the ox ploughs."""
+    if not sizes:
+        yield ()
+        return
+    for number, rest in enumerate(boustrophedon(sizes[:-1])):
+        there = range(sizes[-1])
+        yield from ((*rest, last) for last in (reversed(there) if number % 2 else there))
+
+
+def repaints(lab: Lab, page: Page, notebook: str) -> list[float]:
+    """Milliseconds from click to picture, after a few clicks that are not counted."""
+    lab.open(page, notebook)
+    lab.start_running(page, notebook)
+    lab.wait_until_run(page)
+    if said := errors_in(page):
+        raise RuntimeError(f"{notebook}: {said[0]}")
+    page.locator(".kvmbook-panel svg").first.wait_for()
+    clicks = list(itertools.islice(walk(lose_a_write()), WARM_UP + CLICKS))
+    times = [float(page.evaluate(CLICK, list(click))) for click in clicks]
+    lab.shut_down(notebook)
+    return times[WARM_UP:]
+
+
+def main() -> None:
+    if chromium_path() is None:
+        print("click to picture: not measured, chromium is missing")
+        return
+    with tempfile.TemporaryDirectory() as folder, jupyter_lab(pathlib.Path(folder)) as lab, chromium() as browser:
+        notebooks = ["notebooks/01-a-write-that-nobody-saw.ipynb", lab.write("computed.ipynb", COMPUTED)]
+        print(f"{'click to picture in JupyterLab, ms':36}{'median':>8}{'max':>8}{'goal':>8}   of {CLICKS} clicks")
+        for (states, goal), notebook in zip(GOALS.items(), notebooks, strict=True):
+            times = repaints(lab, browser.new_page(), notebook)
+            print(f"  states {states:27}{statistics.median(times):8.0f}{max(times):8.0f}{goal:8}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,291 @@
+"""The book in JupyterLab: each chapter opens, runs, can be played with by mouse or keyboard, and says what the model says."""
+
+import functools
+import importlib
+import inspect
+import itertools
+import json
+import pathlib
+import xml.etree.ElementTree as ET
+
+import pytest
+from conftest import Visit
+from playwright.sync_api import expect
+
+from kvmbook.inspector import SpteInspector, spte_inspector
+from kvmbook.panels import Panel
+from kvmbook.scheduler import SchedulerPanel
+from tests.lab import PATIENCE, ROOT, errors_in, jupyter_lab, said_by
+from tests.live_panels import by_title
+
+NOTEBOOKS = [f"notebooks/{path.name}" for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
+FIRST = NOTEBOOKS[0]
+WIDGET, QUIZ, PANEL = ".kvmbook-panel", ".kvmbook-quiz", ".kvmbook-panel:not(.kvmbook-quiz)"
+WINDOW = {"viewport": {"width": 1300, "height": 1000}}
+CHOSEN = """panel => [...panel.querySelectorAll("fieldset")].map((group) =>
+  [group.querySelector("legend").textContent, group.querySelector("input:checked").value])"""
+TABS = 40  # at most so many to the first panel
+ON_RADIO = 'document.activeElement.matches(".kvmbook-panel input[type=radio]")'
+SELECTED = '[...document.querySelectorAll(".jp-Cell")].findIndex((cell) => cell.classList.contains("jp-mod-active"))'
+# A panel that carries nothing, as chapters have none.
+ASKING = """from kvmbook.figures import Picture
+from kvmbook.panels import Panel, View
+view = lambda number: View(Picture("<svg><title>a number</title></svg>", ""), f"{int(number) ** 2} is the square.")
+Panel("squares", {"number": ["1", "2", "3"]}, view, carry=False)"""
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    expect.set_options(timeout=PATIENCE * 1000)
+    with jupyter_lab(tmp_path_factory.mktemp("lab")) as running:
+        yield running
+    expect.set_options(timeout=5000)  # as Playwright has it
+
+
+class Chapters:
+    """The chapters that are to be tested, open; while one is tested, the kernel of the next one works."""
+
+    def __init__(self, lab, browser, notebooks):
+        self.lab, self.browser, self.next = lab, browser, dict(itertools.pairwise(notebooks))
+        self.open, self.failed = {}, {}
+
+    def take(self, notebook):
+        """The chapter that is wanted now, and runs; the next one is opened and set running."""
+        for name in (notebook, self.next.get(notebook)):
+            if name is not None and name not in self.open:
+                self.open[name] = Visit(self.browser, self.lab.home, **WINDOW)
+                try:
+                    self.start(self.open[name].page, name)
+                except Exception as error:  # it is for the test of that chapter
+                    self.failed[name] = error
+        if notebook in self.failed:
+            raise self.failed[notebook]
+        return self.open[notebook]
+
+    def start(self, page, notebook):
+        """Open a chapter, see that its panels are there before anything is run, and have it run."""
+        self.lab.open(page, notebook)
+        expect(page.locator(WIDGET)).to_have_count(widgets_in(self.lab.book / notebook))
+        self.lab.start_running(page, notebook)
+
+    def close(self, notebook):
+        self.lab.shut_down(notebook)
+        self.open.pop(notebook).context.close()
+
+
+@pytest.fixture(scope="module")
+def chapters(lab, browser, request):
+    parameters = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    opened = Chapters(lab, browser, [each["notebook"] for each in parameters if "notebook" in each])
+    yield opened
+    for notebook in list(opened.open):
+        opened.close(notebook)
+
+
+@pytest.fixture
+def chapter(chapters, notebook):
+    yield chapters.take(notebook)
+    chapters.close(notebook)
+
+
+@pytest.fixture(scope="module")
+def unrun(lab, browser):
+    """Chapter 01, as it is when it has just been opened."""
+    seen = Visit(browser, lab.home, **WINDOW)
+    lab.open(seen.page, FIRST)
+    yield seen
+    lab.shut_down(FIRST)
+    seen.context.close()
+
+
+@functools.cache
+def live_panels():
+    """Each panel of the book, by its title, alive in this process."""
+    inspector = spte_inspector()
+    return {inspector.title: inspector, **by_title()}
+
+
+def live_quizzes(notebook):
+    """The questions of a chapter, by what is asked; only its own, for some take seconds."""
+    chapter = pathlib.Path(notebook).name[:2]
+    if not chapter.isdigit():
+        return {}
+    module = importlib.import_module(f"kvmbook.exercises.ch{chapter}")
+    questions = [ask() for name, ask in inspect.getmembers(module, inspect.isfunction) if name.startswith("quiz_")]
+    return {question.asked: question for question in questions}
+
+
+def widgets_in(path):
+    """How many widgets the stored outputs of a notebook show."""
+    return sum(
+        "application/vnd.jupyter.widget-view+json" in output.get("data", {})
+        for cell in json.loads(path.read_text())["cells"]
+        for output in cell.get("outputs", [])
+    )
+
+
+# ---- a reader's hand -------------------------------------------------------------------------------------------------
+
+
+def title_of(panel):
+    return panel.locator(".kvmbook-title").text_content()
+
+
+def agrees(panel, live):
+    """The sentence shown is that of the live panel."""
+    expect(said_by(panel)).to_have_text(live.readout)
+
+
+def press(panel, said):
+    panel.get_by_role("button", name=said, exact=True).click()
+
+
+def chosen(panel):
+    """The option that each setting of a panel has now."""
+    return dict(panel.evaluate(CHOSEN))
+
+
+def toggle(panel, live):
+    """Choose every option of every setting; after each the sentence and the picture are those of the live panel."""
+    for setting in live.settings:
+        group = panel.get_by_role("group", name=setting["name"], exact=True)
+        for option in setting["options"]:
+            group.get_by_label(option, exact=True).check()
+            live.chosen = chosen(panel)
+            assert live.chosen[setting["name"]] == option
+            agrees(panel, live)
+            if picture := live.states[" | ".join(live.chosen.values())].get("svg"):
+                expect(panel.locator(".kvmbook-figure svg > title")).to_have_text(ET.fromstring(picture)[0].text)
+
+
+def schedule(panel, live):
+    """Have the shortest run shown, go back to the start, and take a step."""
+    again = panel.get_by_role("button", name="Start again", exact=True)
+    if again.is_enabled():  # the chapter's cells have walked
+        again.click()
+    toggle(panel, live)
+    for setting in live.settings:
+        panel.get_by_role("group", name=setting["name"], exact=True).get_by_role("radio").first.check()
+    live.chosen = chosen(panel)
+    # A reader is given 0.8 s a step, a test is not.
+    panel.page.evaluate("window.patient = setInterval; window.setInterval = (act, ms) => patient(act, ms / 20); null")
+    press(panel, "Show me")
+    panel.page.evaluate("window.setInterval = patient; null")
+    expect(said_by(panel)).to_have_text(live.play())
+    assert panel.locator(".kvmbook-history li").count() == len(live.path) > 0
+    again.click()
+    expect(said_by(panel)).to_have_text(live.start_again())
+    step = live.possible()[0]
+    panel.locator(f'button[data-step="{step}"]').click()
+    expect(said_by(panel)).to_have_text(live.do(step))
+    assert panel.locator(".kvmbook-now tr > :nth-child(2)").all_text_contents() == [said for _, said in live.rows]
+
+
+def decode(panel, live):
+    """Read the word in each format, make each kind of word, press each button, flip a bit."""
+    undo = panel.get_by_role("button", name="Undo", exact=True)
+    while undo.is_enabled():  # what the chapter's cells have done
+        undo.click()
+    shown = chosen(panel)["format"]
+    live.format, live.word, live.steps = shown, panel.get_attribute("data-word"), []
+    agrees(panel, live)
+    for format in (*live.leaves, shown):
+        panel.get_by_label(format, exact=True).check()
+        live.choose(format)
+        agrees(panel, live)
+    for group, act in (("make it", live.make), ("do this to it", live.press)):
+        for said in panel.get_by_role("group", name=group, exact=True).get_by_role("button").all_text_contents():
+            press(panel, said)
+            live.undo() if said == "Undo" else act(said)
+            agrees(panel, live)
+    panel.locator(".kvmbook-bit").last.click()
+    live.toggle(0)
+    agrees(panel, live)
+
+
+def predict(quiz, live):
+    """Predict every option in turn, and have the answer revealed."""
+    reveal = quiz.get_by_role("button", name="Reveal")
+    expect(reveal).to_be_disabled()
+    for option in live.options:
+        quiz.get_by_label(option, exact=True).check()
+        reveal.click()
+        expect(said_by(quiz)).to_have_text(live.predict(option))
+
+
+HANDS = {SpteInspector: decode, SchedulerPanel: schedule, Panel: toggle}  # the first that fits
+
+
+def play(panel, live):
+    """Do with a panel what its kind is made for."""
+    next(hand for kind, hand in HANDS.items() if isinstance(live, kind))(panel, live)
+
+
+# ---- tests -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS)
+def test_a_chapter_opens_runs_and_can_be_played_with(notebook, lab, chapter):
+    page, quizzes = chapter.page, live_quizzes(notebook)
+    lab.wait_until_run(page)
+    assert not errors_in(page)
+    expect(page.locator(WIDGET)).to_have_count(widgets_in(lab.book / notebook))
+    assert page.locator(PANEL).count()
+    for panel in page.locator(PANEL).all():
+        play(panel, live_panels()[title_of(panel)])
+    expect(page.locator(QUIZ)).to_have_count(len(quizzes))
+    for quiz in page.locator(QUIZ).all():
+        predict(quiz, quizzes[quiz.locator("legend").text_content()])
+    assert not errors_in(page)
+    chapter.clean()
+
+
+def test_the_keyboard_alone_drives_a_panel_and_jupyterlab_takes_no_key(unrun):
+    page, keys = unrun.page, unrun.page.keyboard
+    panel = page.locator(PANEL)
+    live, cells = live_panels()[title_of(panel)], page.locator(".jp-Cell").count()
+    assert press_tab_until(page, ON_RADIO)
+    selected = page.evaluate(SELECTED)
+    for setting in live.settings:
+        assert page.evaluate(ON_RADIO)
+        assert page.evaluate("document.activeElement.value") == chosen(panel)[setting["name"]]
+        for key, steps in (("ArrowDown", 1), ("ArrowRight", 1), ("ArrowUp", -1), ("ArrowLeft", -1), ("ArrowUp", -1)):
+            was = setting["options"].index(chosen(panel)[setting["name"]])
+            keys.press(key)
+            live.chosen = chosen(panel)
+            assert live.chosen[setting["name"]] == setting["options"][(was + steps) % len(setting["options"])]
+            agrees(panel, live)
+            assert page.evaluate(SELECTED) == selected
+        keys.type("abmxdd")  # JupyterLab's keys for adding, changing, cutting, deleting cells
+        keys.press("Tab")
+    assert not page.evaluate(ON_RADIO)
+    assert page.locator(".jp-Cell").count() == cells and panel.count() == 1
+    unrun.clean()
+
+
+def press_tab_until(page, wanted):
+    """Press Tab until ``wanted`` holds in the page; whether it came to that."""
+    for _ in range(TABS):
+        if page.evaluate(wanted):
+            return True
+        page.keyboard.press("Tab")
+    return False
+
+
+def test_a_panel_works_before_anything_is_run(unrun):
+    panel = unrun.page.locator(PANEL)
+    toggle(panel, live_panels()[title_of(panel)])
+    unrun.clean()
+
+
+def test_a_panel_that_carries_nothing_asks_its_kernel(lab, visit):
+    notebook = lab.write("asking.ipynb", ASKING)
+    seen = visit(lab.home, **WINDOW)
+    lab.open(seen.page, notebook)
+    lab.start_running(seen.page, notebook)
+    panel = seen.page.locator(PANEL)
+    for number in ("3", "2", "1", "3"):
+        panel.get_by_label(number, exact=True).check()
+        expect(said_by(panel)).to_have_text(f"{int(number) ** 2} is the square.")
+    lab.shut_down(notebook)
+    seen.clean()
