@@ -163,6 +163,7 @@ def schedule(panel, live):
     again = panel.get_by_role("button", name="Start again", exact=True)
     if again.is_enabled():  # the chapter's cells have walked
         again.click()
+    live.start_again()  # and so may other tests: it is theirs too
     toggle(panel, live)
     for setting in live.settings:
         panel.get_by_role("group", name=setting["name"], exact=True).get_by_role("radio").first.check()
