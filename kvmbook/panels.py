@@ -44,7 +44,7 @@ class Panel(anywidget.AnyWidget):
 
     ``settings`` maps each setting's name to its options, the first chosen; ``show`` takes one option of each, in that
     order, and returns a `View`. ``carry=False`` leaves combinations to be computed when they are chosen, which needs a
-    kernel. Raises ValueError for a setting without options, or if an option contains " | ".
+    kernel. Raises ValueError for a setting without options, with one twice, or with " | " in one.
     """
 
     _esm = script("panel")
@@ -57,8 +57,9 @@ class Panel(anywidget.AnyWidget):
     def __init__(
         self, title: str, settings: Mapping[str, Sequence[str]], show: Callable[..., View], carry: bool = True
     ) -> None:
-        if not all(settings.values()) or any(" | " in option for options in settings.values() for option in options):
-            raise ValueError(f"each setting of a panel needs options, none with ' | ' in it; got {dict(settings)}")
+        for options in settings.values():
+            if not options or len(set(options)) < len(options) or any(" | " in option for option in options):
+                raise ValueError(f"a setting needs options, each another, none with ' | ' in it; got {dict(settings)}")
         self._show = show
         self._options = {name: list(options) for name, options in settings.items()}
         super().__init__(

@@ -4,14 +4,16 @@ function render({ model, el }) {
   let chosen = model.get("predicted");
   const options = radioGroup(model.get("asked"), model.get("options"), (option) => {
     chosen = option;
-    reveal.disabled = false;
+    predict("");  // what was revealed is not about this option
   });
-  const reveal = button("Reveal", () => {
-    model.set("predicted", chosen);
+  const reveal = button("Reveal", () => predict(chosen));
+  const readout = readoutLine();
+
+  function predict(option) {
+    model.set("predicted", option);
     model.save_changes();
     draw();
-  });
-  const readout = readoutLine();
+  }
 
   function draw() {
     const predicted = model.get("predicted");

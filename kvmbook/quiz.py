@@ -13,7 +13,7 @@ from kvmbook.views import script, style
 class Quiz(anywidget.AnyWidget):
     """One question with its options; the answer shows after a prediction, and on paper.
 
-    Raises ValueError for fewer than two options, and for an answer that is none of them.
+    Raises ValueError unless there are 2 to 4 options, each another, and the answer is one of them.
     """
 
     _esm = script("quiz")
@@ -25,8 +25,8 @@ class Quiz(anywidget.AnyWidget):
     predicted = traitlets.Unicode("").tag(sync=True)
 
     def __init__(self, asked: str, options: Sequence[str], answer: str, because: str) -> None:
-        if len(options) < 2 or answer not in options:
-            raise ValueError(f"the answer, {answer!r}, must be one of two or more options; got {list(options)}")
+        if not 2 <= len(set(options)) == len(options) <= 4 or answer not in options:
+            raise ValueError(f"the answer, {answer!r}, must be one of 2 to 4 different options; got {list(options)}")
         super().__init__(asked=asked, options=list(options), answer=answer, because=because)
 
     def predict(self, option: str) -> str:

@@ -4,6 +4,7 @@ import http.server
 import json
 import random
 import re
+import shutil
 import threading
 import xml.etree.ElementTree as ET
 
@@ -13,7 +14,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from kvmbook.inspector import SpteInspector
 from tests.live_panels import by_title, quizzes
-from tools import book, pdf, store_outputs, vendor
+from tools import book, checks, pdf, store_outputs, vendor
 
 ROOT = book.ROOT
 STATE = re.compile(r'<script type="application/vnd.jupyter.widget-state\+json">(.*?)</script>', re.S)
@@ -67,7 +68,9 @@ def open_page(visit, home, file, **options):
 
 def test_the_front_page_promises_shows_and_has_three_doors(pages):
     front = (pages / "notebooks/index.html").read_text()
-    assert front.count("<strong>") >= 1 and "widget-view+json" in front
+    (promise,) = re.findall(r"<p><strong>(.*?)</strong></p>", front, re.S)
+    assert promise.count(".") == 1 and "widget-view+json" in front
+    assert "CC BY 4.0" in front
     doors = re.search(r'<section id="three-doors">.*?</section>\s*</section>', front, re.S)[0]
     assert re.findall(r'<section id="([^"]+)">', doors)[1:] == ["learn-alone", "teach", "run-it-in-ci"]
     assert "notebooks/index.html" in (pages / "index.html").read_text()
@@ -87,18 +90,25 @@ def test_no_page_names_a_script_or_style_of_another_host(pages):
 # ---- frozen and live -------------------------------------------------------------------------------------------------
 
 
+def same_view(state, live):
+    """Whether a page carries the script and the style that the package has now; if not, `make run` stores them."""
+    return state["_esm"] == str(live._esm) and state["_css"] == str(live._css)
+
+
 @pytest.mark.parametrize("file", CHAPTERS, ids=lambda file: file.split("/")[1])
 def test_every_frozen_panel_equals_a_live_one_for_all_combinations(pages, file):
     frozen = widgets_in(pages, file)
     inspectors = [state for state in frozen if "tables" in state]
     for state in inspectors:
         live = SpteInspector(state["word"], state["format"])
+        assert same_view(state, live)
         for trait in ("tables", "leaves", "words"):
             assert state[trait] == json.loads(json.dumps(getattr(live, trait))), trait
     panels = [state for state in frozen if "settings" in state]
     assert panels or inspectors
     for state in panels:
         live = by_title()[state["title"]]
+        assert same_view(state, live)
         assert set(state["states"]) == {" | ".join(combination) for combination in live.combinations()}
         assert state["states"] == live.states
         for carried in state["states"].values():
@@ -110,6 +120,7 @@ def test_every_frozen_panel_equals_a_live_one_for_all_combinations(pages, file):
     assert len(asked) >= 3 or file.endswith("index")
     for state in asked:
         live = quizzes()[state["asked"]]
+        assert same_view(state, live)
         assert [state[trait] for trait in ("options", "answer", "because")] == [live.options, live.answer, live.because]
 
 
@@ -141,10 +152,7 @@ def test_every_combination_is_clicked_in_the_page_and_says_what_the_model_says(v
         assert set(said) == set(live.states)
         for key, (readout, title) in said.items():
             assert readout == live.states[key]["readout"]
-            drawn = re.search(r"<title>(.*?)</title>", live.states[key]["svg"], re.S)[1]
-            assert title == drawn.replace("&lt;", "<").replace("&gt;", ">").replace("&quot;", '"').replace(
-                "&#x27;", "'"
-            ).replace("&amp;", "&")
+            assert title == ET.fromstring(live.states[key]["svg"])[0].text
             clicked += 1
     assert clicked or "10-" in file or "03-" in file
     for quiz in seen.page.locator(".kvmbook-quiz").all():
@@ -228,6 +236,7 @@ def test_search_finds_a_word_of_a_chapter(visit, pages, served, home):
     seen.page.goto(f"{home}search.html?q=access-tracked")
     seen.page.wait_for_selector("#search-results li a")
     assert "A write that nobody saw" in seen.page.locator("#search-results").inner_text()
+    seen.clean()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -250,11 +259,10 @@ def test_axe_finds_nothing_but_the_themes_own(visit, pages, scheme):
 
 
 def test_a_phone_shows_every_page_without_sideways_scrolling(visit, pages):
-    seen = visit(f"{pages.as_uri()}/", viewport={"width": 390, "height": 844})
     for file in FILES:
-        seen.page.goto(f"{pages.as_uri()}/{file}.html")
-        seen.page.wait_for_load_state("load")
+        seen = open_page(visit, f"{pages.as_uri()}/", file, viewport={"width": 390, "height": 844})
         assert seen.page.evaluate("document.documentElement.scrollWidth") <= 390, file
+        seen.context.close()
 
 
 def test_the_pdf_is_one_book(pages, browser, tmp_path):
@@ -272,8 +280,7 @@ def test_the_pdf_is_one_book(pages, browser, tmp_path):
 
 def small_book(tmp_path, *cells):
     """A book of one chapter."""
-    (tmp_path / "book/static").mkdir(parents=True)
-    (tmp_path / "book/static/kvmbook.css").write_text("")
+    shutil.copytree(ROOT / "book/static", tmp_path / "book/static")
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "_config.yml").write_text((ROOT / "_config.yml").read_text())
     (tmp_path / "_toc.yml").write_text("format: jb-book\nroot: notebooks/01-small\n")
@@ -283,33 +290,72 @@ def small_book(tmp_path, *cells):
 
 
 def refused(tmp_path, *cells, stored=True):
+    """What the build of a book with these cells says, the second time as the first; it leaves no pages."""
+    root = small_book(tmp_path, *cells)
+    said = []
+    for _ in range(2):
+        with pytest.raises(SystemExit) as stopped:
+            book.build(tmp_path / "out", stored, root)
+        said.append(str(stopped.value))
+        assert not (tmp_path / "out/_build/html").exists()
+    assert said[0] == said[1] or not stored
+    return said[0]
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [("1 / 0", "ZeroDivisionError"), ("while True: pass", "timed out"), ("import os; os._exit(1)", "Kernel died")],
+)
+def test_a_chapter_that_fails_to_run_stops_the_build(tmp_path, monkeypatch, source, reason):
+    monkeypatch.setattr(store_outputs, "TIMEOUT", 2)
+    small_book(tmp_path, new_code_cell("1", id="small-2"), new_code_cell(source, id="small-3"))
     with pytest.raises(SystemExit) as stopped:
-        book.build(tmp_path / "out", stored, small_book(tmp_path, *cells))
-    return str(stopped.value)
+        book.build(tmp_path / "out", False, tmp_path)
+    assert "01-small.ipynb, cell 3 (small-3)" in str(stopped.value) and reason in str(stopped.value)
 
 
-def test_a_chapter_that_fails_to_run_stops_the_build(tmp_path):
-    said = refused(tmp_path, new_code_cell("1 / 0", id="small-2"), stored=False)
-    assert "01-small.ipynb, cell 2 (small-2)" in said and "ZeroDivisionError" in said
+BROKEN = {
+    "See [there](02-nothing.ipynb).": r"cell 2, line 1: .*'02-nothing.ipynb'",
+    "See [here](01-small.ipynb#nowhere).": r"cell 3, line 1: .*nowhere",
+}
+BROKEN_IN_THE_PAGE = {
+    'See <a href="nopage.html">there</a>.': "a dead link: nopage.html",
+    "A note[^gone].": "a reference that leads nowhere: A note",
+    "As [said][before].": "a reference that leads nowhere: As",
+    '<img src="https://example.org/a.png" alt="a picture">': "<img> asks another host: https://example.org/a.png",
+    "![](../book/static/kvmbook.css)": "an image without alt text",
+    '<img src="../book/static/kvmbook.css">': "an image without alt text",
+}
 
 
-def test_a_dead_link_stops_the_build(tmp_path):
-    gone, nowhere = "See [there](02-nothing.ipynb).", "See [here](01-small.ipynb#nowhere)."
-    said = refused(tmp_path, new_markdown_cell(gone, id="small-2"), new_markdown_cell(nowhere, id="small-3"))
-    assert re.search(r"notebooks/01-small.ipynb, cell 2,.*'02-nothing.ipynb'", said), said
-    assert re.search(r"notebooks/01-small.ipynb, cell 3,.*nowhere", said), said
+def test_what_sphinx_finds_stops_the_build(tmp_path):
+    said = refused(tmp_path, *[new_markdown_cell(text) for text in BROKEN])
+    for pattern in BROKEN.values():
+        assert re.search(f"notebooks/01-small.ipynb, {pattern}", said), said
+
+
+def test_what_is_broken_in_the_pages_stops_the_build(tmp_path):
+    said = refused(tmp_path, *[new_markdown_cell(text) for text in BROKEN_IN_THE_PAGE])
+    for number, reason in enumerate(BROKEN_IN_THE_PAGE.values(), 2):
+        assert re.search(rf"notebooks/01-small.ipynb, cell {number} \(\w+\): {re.escape(reason)}", said), (reason, said)
+
+
+def test_a_chapter_must_be_in_the_table_of_contents(tmp_path):
+    (small_book(tmp_path) / "notebooks/02-more.ipynb").write_text("{}")
+    with pytest.raises(SystemExit, match=r"not in both: 02-more.ipynb"):
+        book.build(tmp_path / "out", True, tmp_path)
 
 
 PLOT = new_output("display_data", {"image/png": "iVBORw0KGgo="})
 DRAWING = new_output("display_data", {"image/svg+xml": "<svg></svg>"})
-WIDGET = new_output("display_data", {book.WIDGET_VIEW: {"model_id": "1", "version_major": 2, "version_minor": 0}})
+WARNED = new_output("stream", name="stderr", text="careful")
+WIDGET = new_output("display_data", {checks.WIDGET_VIEW: {"model_id": "1", "version_major": 2, "version_minor": 0}})
 
 
 @pytest.mark.parametrize(
     ("cell", "said"),
     [
-        (new_markdown_cell("![](there.png)", id="small-2"), "an image without alt text: ![](there.png)"),
-        (new_markdown_cell('<img src="a.png">', id="small-2"), "an image without alt text: <img"),
+        (new_code_cell("", id="small-2", outputs=[WARNED]), "it prints to stderr: careful"),
         (new_code_cell("", id="small-2", outputs=[PLOT]), "a plot without alt text"),
         (new_code_cell("", id="small-2", outputs=[DRAWING]), "a picture without a <title>"),
         (new_code_cell("", id="small-2", outputs=[WIDGET]), "a widget that needs a kernel: its state is not stored"),
@@ -323,18 +369,23 @@ def test_a_panel_that_does_not_carry_its_states_cannot_be_frozen():
     notebook = new_notebook(cells=[new_code_cell("panel", id="a", outputs=[WIDGET])])
     settings = [{"name": "n", "options": ["1", "2"]}, {"name": "m", "options": ["3"]}]
     panel = {"_esm": "...", "title": "Half", "settings": settings, "states": {"1 | 3": {}}}
-    notebook.metadata["widgets"] = {store_outputs.WIDGET_STATE: {"state": {"1": {"state": panel}}}}
-    assert list(book.problems(notebook)) == [
+    notebook.metadata["widgets"] = {checks.WIDGET_STATE: {"state": {"1": {"state": panel}}}}
+    assert list(checks.problems(notebook)) == [
         "cell 1 (a): panel 'Half' does not carry 1 of its combinations, such as 2 | 3"
     ]
-    notebook.metadata["widgets"][store_outputs.WIDGET_STATE]["state"]["1"]["state"] = {"_model_name": "IntSliderModel"}
-    assert list(book.problems(notebook)) == ["cell 1 (a): a widget that needs a kernel: IntSliderModel"]
+    notebook.metadata["widgets"][checks.WIDGET_STATE]["state"]["1"]["state"] = {"_model_name": "IntSliderModel"}
+    assert list(checks.problems(notebook)) == ["cell 1 (a): a widget that needs a kernel: IntSliderModel"]
 
 
 def test_what_npm_brings_is_checked(tmp_path, monkeypatch):
-    lock = {"requirejs": {"version": "2.3.8", "integrity": "sha512-another", "files": ["require.js"]}}
-    (tmp_path / "vendor.json").write_text(json.dumps(lock))
+    right = json.loads(vendor.LOCK.read_text())["requirejs"]
     monkeypatch.setattr(vendor, "LOCK", tmp_path / "vendor.json")
-    with pytest.raises(SystemExit, match=r"requirejs-2.3.8.tgz: its checksum is sha512-"):
+    wrong = {"its checksum is sha512-": {"integrity": "sha512-another"}, "no file no.js": {"files": ["no.js"]}}
+    for reason, change in wrong.items():
+        vendor.LOCK.write_text(json.dumps({"requirejs": {**right, **change}}))
+        with pytest.raises(SystemExit, match=reason):
+            vendor.fetch(tmp_path)
+        assert not (tmp_path / "requirejs").exists()
+    monkeypatch.setenv("npm_config_registry", "http://127.0.0.1:9")
+    with pytest.raises(SystemExit, match=r"127.0.0.1:9/requirejs/-/requirejs-2.3.8.tgz cannot be fetched"):
         vendor.fetch(tmp_path)
-    assert not (tmp_path / "requirejs").exists()

@@ -52,7 +52,7 @@ def test_a_question_whose_answer_is_no_option_is_refused():
         """Is it?"""
         return Answer("perhaps", "It may be.")
 
-    with pytest.raises(ValueError, match="'perhaps', must be one of two or more options"):
+    with pytest.raises(ValueError, match="'perhaps', must be one of 2 to 4 different options"):
         quiz()
 
 

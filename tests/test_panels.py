@@ -70,7 +70,7 @@ def test_a_panel_that_does_not_carry_its_states_computes_the_chosen_one():
     with pytest.raises(ZeroDivisionError):
         broken.choose(number="2")
     assert broken.readout == "1."
-    with pytest.raises(ValueError, match="needs options"):
+    with pytest.raises(ValueError, match="a setting needs options"):
         Panel("empty", {"number": []}, show)
 
 

@@ -14,9 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import product
 from typing import Any
 
 import nbformat
@@ -25,74 +23,46 @@ import yaml
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tools import function_map, store_outputs, vendor  # noqa: E402
-
-WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
-
-
-# ---- what the pages need ---------------------------------------------------------------------------------------------
-
-
-def problems(notebook: Any) -> Iterator[str]:
-    """What would be broken in the page of an executed notebook, each with the number of its cell, from 1."""
-    states = notebook.metadata.get("widgets", {}).get(store_outputs.WIDGET_STATE, {}).get("state", {})
-    for number, cell in enumerate(notebook.cells, 1):
-        for said in (*_without_alt_text(cell), *_not_frozen(cell, states)):
-            yield f"cell {number} ({cell.id}): {said}"
-
-
-def _without_alt_text(cell: Any) -> Iterator[str]:
-    if cell.cell_type == "markdown":
-        yield from (f"an image without alt text: {tag}" for tag in re.findall(r"!\[\s*\]\([^)]*\)", cell.source))
-        yield from (
-            f"an image without alt text: {t}" for t in re.findall(r"<img(?![^>]*\balt=\"[^\"])[^>]*>", cell.source)
-        )
-    for output in cell.get("outputs", []):
-        shown = output.get("data", {})
-        if "image/svg+xml" in shown and not re.search(r"<title>[^<]+</title>", shown["image/svg+xml"]):
-            yield "a picture without a <title>, its alt text"
-        if "image/png" in shown and not cell.metadata.get("mystnb", {}).get("image", {}).get("alt"):
-            yield 'a plot without alt text; give it in the cell\'s metadata: {"mystnb": {"image": {"alt": "..."}}}'
-
-
-def _not_frozen(cell: Any, states: dict[str, Any]) -> Iterator[str]:
-    """A panel is frozen if it brings its own view and a state for each combination of its settings."""
-    for output in cell.get("outputs", []):
-        if WIDGET_VIEW not in output.get("data", {}):
-            continue
-        model = states.get(output["data"][WIDGET_VIEW]["model_id"], {}).get("state", {})
-        if "_esm" not in model:
-            yield f"a widget that needs a kernel: {model.get('_model_name', 'its state is not stored')}"
-            continue
-        combinations = product(*(setting["options"] for setting in model.get("settings", [])))
-        missing = [c for c in combinations if model.get("settings") and " | ".join(c) not in model["states"]]
-        if missing:
-            such = " | ".join(missing[0])
-            yield f"panel {model.get('title')!r} does not carry {len(missing)} of its combinations, such as {such}"
-
+from tools import checks, function_map, store_outputs, vendor  # noqa: E402
 
 # ---- the sources of the pages ----------------------------------------------------------------------------------------
 
 
 def stage(root: pathlib.Path, source: pathlib.Path, stored: bool) -> None:
-    """Bring the folder that Jupyter Book builds from up to date; a file that would not change is not touched."""
+    """Bring together what Jupyter Book builds from."""
     for path in [root / "_config.yml", root / "_toc.yml", *sorted((root / "book").rglob("*"))]:
         if path.is_file():
             write(source / path.relative_to(root), path.read_bytes())
     write(source / "book/function-map.md", function_map.markdown().encode())
     vendor.fetch(ROOT / "build/vendor")
-    for package in ("requirejs", "html-manager", "mathjax"):
-        shutil.copytree(ROOT / "build/vendor" / package, source / "static/vendor" / package, dirs_exist_ok=True)
+    for package in ("requirejs", "html-manager"):
+        shutil.copytree(ROOT / "build/vendor" / package, source / "static/vendor" / package)
     write(source / "static/vendor/anywidget.js", anywidget_js().read_bytes())
     write(source / "static/vendor/widgets.js", (ROOT / "tools/widgets.js").read_bytes())
-    chapters = [root / f"{file}.ipynb" for file in contents(root) if file.startswith("notebooks/")]
+    notebooks = sorted((root / "notebooks").glob("*.ipynb"))
+    listed = {root / f"{file}.ipynb" for file in contents(root) if file.startswith("notebooks/")}
+    if odd := listed.symmetric_difference(notebooks):
+        raise SystemExit(
+            f"in notebooks/ or in _toc.yml, but not in both: {', '.join(sorted(path.name for path in odd))}"
+        )
     with ThreadPoolExecutor(2) as pool:
-        executed = list(pool.map(lambda path: path if stored else run(path), chapters))
-    for path, ran in zip(chapters, executed, strict=True):
-        notebook = nbformat.read(ran, as_version=4)
-        if found := list(problems(notebook)):
-            raise SystemExit("\n".join(f"{path.relative_to(root)}: {problem}" for problem in found))
-        write(source / "notebooks" / path.name, nbformat.writes(with_inline_pictures(notebook)).encode())
+        executed = list(pool.map(lambda path: attempt(path, stored), notebooks))
+    found = [said for said in executed if isinstance(said, str)]
+    for path, ran in zip(notebooks, executed, strict=True):
+        if isinstance(ran, pathlib.Path):
+            notebook = nbformat.read(ran, as_version=4)
+            found += [f"{path.relative_to(root)}: {problem}" for problem in checks.problems(notebook)]
+            write(source / "notebooks" / path.name, nbformat.writes(with_inline_pictures(notebook)).encode())
+    if found:
+        raise SystemExit("\n".join(found))
+
+
+def attempt(path: pathlib.Path, stored: bool) -> pathlib.Path | str:
+    """The executed notebook, or what is wrong with it."""
+    try:
+        return path if stored else run(path)
+    except SystemExit as stopped:
+        return str(stopped)
 
 
 def contents(root: pathlib.Path) -> list[str]:
@@ -102,10 +72,9 @@ def contents(root: pathlib.Path) -> list[str]:
 
 
 def write(path: pathlib.Path, content: bytes) -> None:
-    """Write a file unless it has this content already: what is not touched is not built again."""
-    if not path.exists() or path.read_bytes() != content:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+    """Write a file, its folder too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
 
 
 def anywidget_js() -> pathlib.Path:
@@ -140,8 +109,12 @@ def with_inline_pictures(notebook: Any) -> Any:
 
 
 def build(folder: pathlib.Path, stored: bool = False, root: pathlib.Path = ROOT) -> pathlib.Path:
-    """Build the pages of the book in ``root`` and return their folder. SystemExit says what is wrong, and where."""
-    stage(root, folder / "source", stored)
+    """Build the pages of the book in ``root`` and return their folder. SystemExit says what is wrong, and where; then there
+    are no pages. Nothing of an earlier build is kept, so what is gone from the book is gone from its pages."""
+    source, pages = folder / "source", folder / "_build/html"
+    for old in (source, folder / "_build"):
+        shutil.rmtree(old, ignore_errors=True)
+    stage(root, source, stored)
     command = [
         sys.executable,
         "-c",
@@ -152,22 +125,23 @@ def build(folder: pathlib.Path, stored: bool = False, root: pathlib.Path = ROOT)
         "-q",
     ]
     done = subprocess.run(
-        [*command, "--path-output", str(folder), str(folder / "source")], capture_output=True, text=True, check=False
+        [*command, "--path-output", str(folder), str(source)], capture_output=True, text=True, check=False
     )
-    printed = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout + done.stderr).replace(f"{folder / 'source'}/", "")
-    warnings = [line for line in printed.splitlines() if "WARNING" in line or "ERROR" in line]
-    pages = folder / "_build/html"
-    if done.returncode or warnings or not (pages / "index.html").exists():
-        said = "\n".join(map(name_the_cell, warnings)) or printed[-3000:]
-        raise SystemExit(f"the pages were not built:\n{said}")
+    printed = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout + done.stderr).replace(f"{source}/", "")
+    wrong = [name_the_cell(line) for line in printed.splitlines() if "WARNING" in line or "ERROR" in line]
+    if not wrong and (done.returncode or not (pages / "index.html").exists()):
+        wrong = [printed[-3000:]]
+    if wrong := wrong or checks.broken(pages, contents(root), root):
+        shutil.rmtree(pages, ignore_errors=True)
+        raise SystemExit("\n".join(["the pages were not built:", *wrong]))
     return pages
 
 
 def name_the_cell(warning: str) -> str:
-    """In warnings myst-nb counts 10,000 lines for each cell: say which cell that is."""
+    """In warnings myst-nb counts 10,000 lines for each cell, and one more: say which cell and line that is."""
     return re.sub(
         r"\.ipynb:(\d{5,})",
-        lambda match: f".ipynb, cell {int(match[1]) // 10000}, line {int(match[1]) % 10000}",
+        lambda match: f".ipynb, cell {int(match[1]) // 10000}, line {int(match[1]) % 10000 - 1}",
         warning,
     )
 

@@ -33,6 +33,8 @@ def name_of(file: str) -> str:
 def one_page(pages: pathlib.Path) -> str:
     """All chapters as one HTML page with a table of contents; its addresses are relative to ``pages``."""
     names = {file: name_of(file) for file in contents(ROOT)}
+    if missing := [file for file in names if not (pages / f"{file}.html").exists()]:
+        raise SystemExit(f"there are no pages {', '.join(missing)} in {pages}; build the book first")
     front = contents(ROOT)[0]
     whole = BeautifulSoup((pages / f"{front}.html").read_text(), "html.parser")
     assert whole.head is not None and whole.body is not None
@@ -62,8 +64,12 @@ def one_page(pages: pathlib.Path) -> str:
         item.append(link)
         listed.append(item)
     first = whole.body.find("article")
-    assert first is not None
-    first.append(listed)
+    assert first is not None and whole.title is not None
+    heading = whole.new_tag("h2")
+    heading.string = "Contents"
+    first.insert_after(section := whole.new_tag("article"))
+    section.extend([heading, listed])
+    whole.title.string = "kvmbook"
     return str(whole)
 
 

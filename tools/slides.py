@@ -32,8 +32,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from tools import vendor  # noqa: E402
-from tools.book import WIDGET_VIEW, anywidget_js  # noqa: E402
-from tools.store_outputs import WIDGET_STATE  # noqa: E402
+from tools.book import anywidget_js  # noqa: E402
+from tools.checks import WIDGET_STATE, WIDGET_VIEW, has_title  # noqa: E402
 
 DECKS = ROOT / "slides"
 TEMPLATE = ROOT / "tools/slides_template"
@@ -62,8 +62,8 @@ class Wrong(ValueError):
 def slides_of(deck: pathlib.Path) -> list[Slide]:
     """The slides that are written in a deck."""
     slides = []
-    for number, written in enumerate(re.split(r"^---$", deck.read_text(), flags=re.M), 1):
-        body, _, notes = re.sub(r"^Note:$", "\0", written, count=1, flags=re.M).partition("\0")
+    for number, written in enumerate(re.split(r"^---\s*$", deck.read_text(), flags=re.M), 1):
+        body, _, notes = re.sub(r"^Note:\s*$", "\0", written, count=1, flags=re.M | re.I).partition("\0")
         slides.append(Slide(number, body.strip(), notes.strip()))
     return slides
 
@@ -195,7 +195,7 @@ def prepare(where: str, cell: Any, chapter: Any, with_code: bool) -> None:
             carried = states[cell.metadata.shows].state.get("states", {}).values()
             cell.metadata.ratio, cell.metadata.tall = layout([state.svg for state in carried if "svg" in state], PANEL)
         elif "image/svg+xml" in shown:
-            if "<title>" not in shown["image/svg+xml"]:
+            if not has_title(shown["image/svg+xml"]):
                 raise Wrong(f"{where}: its picture has no <title>, its text alternative")
             cell.metadata.ratio, cell.metadata.tall = layout([shown["image/svg+xml"]], PICTURE)
         elif "image/png" in shown:

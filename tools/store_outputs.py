@@ -12,34 +12,41 @@ import sys
 
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
-WIDGET_STATE = "application/vnd.jupyter.widget-state+json"
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tools.checks import WIDGET_STATE  # noqa: E402
+
+TIMEOUT = 120  # seconds a cell
 
 
 def executed(path: pathlib.Path) -> str:
     """Run a notebook and return it with its outputs, as text. SystemExit names the notebook and the cell that fails."""
-    notebook = nbformat.read(path, as_version=4)
-    notebook.metadata.pop("widgets", None)
     try:
-        NotebookClient(
-            notebook, timeout=120, coalesce_streams=True, resources={"metadata": {"path": str(path.parent)}}
-        ).execute()
-    except CellExecutionError as error:
-        raise SystemExit(f"{path.name}, {failing_cell(notebook)}: {error}") from None
+        notebook = nbformat.read(path, as_version=4)
+    except (OSError, nbformat.reader.NotJSONError) as error:
+        raise SystemExit(f"{path.name}: {error}") from None
+    notebook.metadata.pop("widgets", None)
+    running = ["before its first cell"]
+
+    def remember(cell: nbformat.NotebookNode, cell_index: int) -> None:
+        running[0] = f"cell {cell_index + 1} ({cell.id})"
+
+    resources = {"metadata": {"path": str(path.parent)}}
+    client = NotebookClient(
+        notebook, timeout=TIMEOUT, coalesce_streams=True, resources=resources, on_cell_start=remember
+    )
+    try:
+        client.execute()
+    except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
+        raise SystemExit(f"{path.name}, {running[0]}: {error}") from None
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
     notebook.metadata["language_info"] = {"name": "python"}
     notebook.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
     return with_lasting_names(notebook, path.stem) + "\n"
-
-
-def failing_cell(notebook: nbformat.NotebookNode) -> str:
-    """The number, from 1, and the id of the first cell whose output is an error."""
-    for number, cell in enumerate(notebook.cells, 1):
-        if any(output.output_type == "error" for output in cell.get("outputs", [])):
-            return f"cell {number} ({cell.id})"
-    return "a cell that did not come to an end"
 
 
 def with_lasting_names(notebook: nbformat.NotebookNode, name: str) -> str:

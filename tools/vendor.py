@@ -5,14 +5,17 @@ Usage: vendor.py FOLDER   Each package's files go to FOLDER/name/, once. No Node
 """
 
 import base64
+import contextlib
 import fnmatch
 import hashlib
 import io
 import json
 import os
 import pathlib
+import shutil
 import sys
 import tarfile
+import tempfile
 import urllib.request
 
 LOCK = pathlib.Path(__file__).with_name("vendor.json")
@@ -27,25 +30,38 @@ def fetch(folder: pathlib.Path) -> None:
         if stamp.exists() and stamp.read_text() == json.dumps(pinned):
             continue
         address = f"{registry}/{package}/-/{name}-{pinned['version']}.tgz"
-        with urllib.request.urlopen(address, timeout=60) as reply:
-            packed = reply.read()
+        try:
+            with urllib.request.urlopen(address, timeout=60) as reply:
+                packed = reply.read()
+        except OSError as error:
+            raise SystemExit(f"{address} cannot be fetched: {error}") from None
         found = "sha512-" + base64.b64encode(hashlib.sha512(packed).digest()).decode()
         if found != pinned["integrity"]:
             raise SystemExit(f"{address}: its checksum is {found}, vendor.json says {pinned['integrity']}")
-        unpack(packed, pinned["files"], folder / name)
-        stamp.write_text(json.dumps(pinned))
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as fresh:  # so that nobody sees half a package
+            unpack(packed, pinned["files"], pathlib.Path(fresh, name))
+            pathlib.Path(fresh, name, ".fetched").write_text(json.dumps(pinned))
+            shutil.rmtree(folder / name, ignore_errors=True)
+            with contextlib.suppress(OSError):  # somebody else was quicker, with the same files
+                pathlib.Path(fresh, name).rename(folder / name)
 
 
 def unpack(packed: bytes, patterns: list[str], folder: pathlib.Path) -> None:
-    """Write the files of an npm package that match one of ``patterns``."""
+    """Write the files of an npm package that match one of ``patterns``. SystemExit if a pattern matches none."""
+    left = set(patterns)
     with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
         for member in archive:
             path = member.name.removeprefix("package/")
-            if member.isfile() and any(fnmatch.fnmatch(path, pattern) for pattern in patterns):
+            matched = {pattern for pattern in patterns if fnmatch.fnmatch(path, pattern)}
+            left -= matched
+            if member.isfile() and matched:
                 (folder / path).parent.mkdir(parents=True, exist_ok=True)
                 content = archive.extractfile(member)
                 assert content is not None
                 (folder / path).write_bytes(content.read())
+    if left:
+        raise SystemExit(f"{folder.name} has no file {', '.join(sorted(left))}; vendor.json wants it")
 
 
 if __name__ == "__main__":

@@ -35,6 +35,8 @@ def checker(judge: Callable[..., str]) -> Callable[..., None]:
             hint = judge(answer, *variant, **named)
         except Exception as error:
             hint = f"your answer raised {type(error).__name__}: {error}"
+        if not isinstance(hint, str):
+            raise TypeError(f"{judge.__name__} must return a hint or ''; it returned {hint!r}")
         print(f"No: {hint}" if hint else "Yes.")
 
     return check
