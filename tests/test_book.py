@@ -324,7 +324,7 @@ BROKEN_IN_THE_PAGE = {
     "As [said][before].": "a reference that leads nowhere: As",
     '<img src="https://example.org/a.png" alt="a picture">': "<img> asks another host: https://example.org/a.png",
     "![](../book/static/kvmbook.css)": "an image without alt text",
-    '<img src="../book/static/kvmbook.css">': "an image without alt text",
+    '<img src="../book/static/favicon.svg">': "an image without alt text",
 }
 
 
