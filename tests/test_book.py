@@ -385,7 +385,7 @@ def test_what_npm_brings_is_checked(tmp_path, monkeypatch):
         vendor.LOCK.write_text(json.dumps({"requirejs": {**right, **change}}))
         with pytest.raises(SystemExit, match=reason):
             vendor.fetch(tmp_path)
-        assert not (tmp_path / "requirejs").exists()
+        assert not (tmp_path / "requirejs/.fetched").exists()
     monkeypatch.setenv("npm_config_registry", "http://127.0.0.1:9")
     with pytest.raises(SystemExit, match=r"127.0.0.1:9/requirejs/-/requirejs-2.3.8.tgz cannot be fetched"):
         vendor.fetch(tmp_path)

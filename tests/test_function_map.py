@@ -112,3 +112,10 @@ def test_the_program_writes_the_page(tmp_path):
     done = subprocess.run([sys.executable, function_map.__file__, page], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and page.read_text() == markdown()
     assert page.read_text().startswith("# Function map\n")
+
+
+def test_a_source_that_would_not_be_read_is_refused(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/a.py").write_text('"""A room. Source: rubbish."""\n')
+    with pytest.raises(Unparsable, match=r"model/a.py: a 'Source:' stands where it is not read"):
+        rows(tmp_path / "model")

@@ -33,7 +33,10 @@ def stage(root: pathlib.Path, source: pathlib.Path, stored: bool) -> None:
     for path in [root / "_config.yml", root / "_toc.yml", *sorted((root / "book").rglob("*"))]:
         if path.is_file():
             write(source / path.relative_to(root), path.read_bytes())
-    write(source / "book/function-map.md", function_map.markdown().encode())
+    try:
+        write(source / "book/function-map.md", function_map.markdown().encode())
+    except function_map.Unparsable as problem:
+        raise SystemExit(str(problem)) from None
     vendor.fetch(ROOT / "build/vendor")
     for package in ("requirejs", "html-manager"):
         shutil.copytree(ROOT / "build/vendor" / package, source / "static/vendor" / package)

@@ -135,7 +135,13 @@ def rows(package: pathlib.Path = PACKAGE) -> list[Row]:
     for path in sorted(package.rglob("*.py")):
         place = path.relative_to(package.parent)
         module = ".".join(place.with_suffix("").parts).removesuffix(".__init__")
-        for name, node, docstring in documented(ast.parse(path.read_text())):
+        text = path.read_text()
+        read = list(documented(ast.parse(text)))
+        if text.count("Source:") != sum(docstring.count("Source:") for _, _, docstring in read):
+            raise Unparsable(
+                f"{place}: a 'Source:' stands where it is not read, outside the docstrings of functions and classes"
+            )
+        for name, node, docstring in read:
             own_name = name.rpartition(".")[2] if isinstance(node, ast.FunctionDef) else ""
             try:
                 said = sources(docstring, own_name)
@@ -178,7 +184,7 @@ def markdown(package: pathlib.Path = PACKAGE) -> str:
             *model_to_kernel(found),
             "## In the patch, not in the model",
             "",
-            "b64d740ea7dd has three more names in its context:",
+            "b64d740ea7dd has more names in its context:",
             "",
             *table(("kernel", "what it is"), left_out),
             "",

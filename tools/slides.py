@@ -266,7 +266,11 @@ add <code>?print-pdf</code> to its address.</p></main></body></html>
 def build(folder: pathlib.Path) -> list[pathlib.Path]:
     """Write all decks and return their paths. Wrong if something is not right with one; then nothing is written."""
     decks = sorted(DECKS.glob("[0-9][0-9].md"))
+    if not decks:
+        raise Wrong(f"{DECKS} has no deck NN.md")
     pages = {f"{notebook_of(deck).stem}.html": page_of(deck) for deck in decks}
+    for old in folder.glob("*.html"):
+        old.unlink()
     vendor.fetch(ROOT / "build/vendor")
     for package in ("requirejs", "html-manager", "reveal.js"):
         shutil.copytree(ROOT / "build/vendor" / package, folder / "vendor" / package, dirs_exist_ok=True)

@@ -5,7 +5,7 @@ Usage: vendor.py FOLDER   Each package's files go to FOLDER/name/, once. No Node
 """
 
 import base64
-import contextlib
+import fcntl
 import fnmatch
 import hashlib
 import io
@@ -15,36 +15,38 @@ import pathlib
 import shutil
 import sys
 import tarfile
-import tempfile
 import urllib.request
 
 LOCK = pathlib.Path(__file__).with_name("vendor.json")
 
 
 def fetch(folder: pathlib.Path) -> None:
-    """Bring ``folder`` up to date with the lock file."""
+    """Bring ``folder`` up to date with the lock file. SystemExit says which package cannot be had, and why."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several that fetch at once, the first does it
+        for package, pinned in json.loads(LOCK.read_text()).items():
+            here = folder / package.split("/")[-1]
+            stamp = here / ".fetched"
+            if not stamp.exists() or stamp.read_text() != json.dumps(pinned):
+                shutil.rmtree(here, ignore_errors=True)
+                unpack(download(package, pinned["version"], pinned["integrity"]), pinned["files"], here)
+                stamp.write_text(json.dumps(pinned))
+
+
+def download(package: str, version: str, integrity: str) -> bytes:
+    """A package, packed, as the registry has it; its checksum must be ``integrity``."""
     registry = os.environ.get("npm_config_registry", "https://registry.npmjs.org").rstrip("/")  # noqa: SIM112 (npm's own)
-    for package, pinned in json.loads(LOCK.read_text()).items():
-        name = package.split("/")[-1]
-        stamp = folder / name / ".fetched"
-        if stamp.exists() and stamp.read_text() == json.dumps(pinned):
-            continue
-        address = f"{registry}/{package}/-/{name}-{pinned['version']}.tgz"
-        try:
-            with urllib.request.urlopen(address, timeout=60) as reply:
-                packed = reply.read()
-        except OSError as error:
-            raise SystemExit(f"{address} cannot be fetched: {error}") from None
-        found = "sha512-" + base64.b64encode(hashlib.sha512(packed).digest()).decode()
-        if found != pinned["integrity"]:
-            raise SystemExit(f"{address}: its checksum is {found}, vendor.json says {pinned['integrity']}")
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as fresh:  # so that nobody sees half a package
-            unpack(packed, pinned["files"], pathlib.Path(fresh, name))
-            pathlib.Path(fresh, name, ".fetched").write_text(json.dumps(pinned))
-            shutil.rmtree(folder / name, ignore_errors=True)
-            with contextlib.suppress(OSError):  # somebody else was quicker, with the same files
-                pathlib.Path(fresh, name).rename(folder / name)
+    address = f"{registry}/{package}/-/{package.split('/')[-1]}-{version}.tgz"
+    try:
+        with urllib.request.urlopen(address, timeout=60) as reply:
+            packed: bytes = reply.read()
+    except OSError as error:
+        raise SystemExit(f"{address} cannot be fetched: {error}") from None
+    found = "sha512-" + base64.b64encode(hashlib.sha512(packed).digest()).decode()
+    if found != integrity:
+        raise SystemExit(f"{address}: its checksum is {found}, vendor.json says {integrity}")
+    return packed
 
 
 def unpack(packed: bytes, patterns: list[str], folder: pathlib.Path) -> None:
