@@ -119,6 +119,8 @@ def print_book(pages: pathlib.Path, out: pathlib.Path, browser: Browser) -> None
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        raise SystemExit(__doc__)
     with chromium() as started:
         print_book(pathlib.Path(sys.argv[1]).resolve(), pathlib.Path(sys.argv[2]).resolve(), started)
     print(sys.argv[2])

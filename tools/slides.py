@@ -283,6 +283,8 @@ def build(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise SystemExit(__doc__)
     try:
         for path in build(pathlib.Path(sys.argv[1]).resolve()):
             print(path)

@@ -69,6 +69,8 @@ def with_lasting_names(notebook: nbformat.NotebookNode, name: str) -> str:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        raise SystemExit(__doc__)
     for path in map(pathlib.Path, sys.argv[1:]):
         text = executed(path)
         path.write_text(text)

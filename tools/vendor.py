@@ -67,4 +67,6 @@ def unpack(packed: bytes, patterns: list[str], folder: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise SystemExit(__doc__)
     fetch(pathlib.Path(sys.argv[1]))
