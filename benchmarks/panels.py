@@ -15,8 +15,8 @@ from collections.abc import Iterator, Sequence
 from playwright.sync_api import Page
 
 from kvmbook.panels import Panel, lose_a_write
-from tests.lab import Lab, errors_in, jupyter_lab
 from tools.browser import chromium, chromium_path
+from tools.lab import Lab, errors_in, jupyter_lab
 
 CLICKS, WARM_UP = 20, 3
 GOALS = {"carried by the panel": 50, "computed by the kernel": 150}  # milliseconds

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvmbook.figures import INK, LOOK, LOST, Picture, box, svg, text
+from kvmbook.figures import INK, LOOK, LOST, Picture, box, listed, svg, text
 from kvmbook.memslots import PAGE_SIZE, Change, MemorySlot
 from kvmbook.panels import Panel, View, counted
 from kvmbook.slot_scenes import (
@@ -177,10 +177,7 @@ def pages_said(pages: Sequence[int]) -> str:
     """Page numbers in words."""
     if len(pages) > 5:
         return f"all {len(pages)} pages"
-    names = [str(page) for page in pages]
-    if not names:
-        return "no page"
-    return f"page {names[0]}" if len(names) == 1 else f"pages {', '.join(names[:-1])} and {names[-1]}"
+    return f"page{'s' * (len(pages) > 1)} {listed([str(page) for page in pages])}" if pages else "no page"
 
 
 def harvest_picture(seen: Harvest) -> Picture:

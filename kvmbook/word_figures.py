@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import NamedTuple, cast
 
 from kvmbook.arrays import ALL_BITS, SPTE_BASE_ADDR_MASK
-from kvmbook.figures import INK, LOOK, LOST, Picture, box, svg, text
+from kvmbook.figures import INK, LOOK, LOST, Picture, box, listed, svg, text
 from kvmbook.invariants import saved_bits, writable_chain
 from kvmbook.machine import Machine
 from kvmbook.scenes import spte_state
@@ -142,11 +142,18 @@ def changes(fmt: SpteFormat, old: int, new: int) -> str:
     for verb, bits in (("clears", old & (ALL_BITS ^ new)), ("sets", new & (ALL_BITS ^ old))):
         names = [f.short if f.kind == HARDWARE_READS else f.name for f in reversed(fields(fmt)) if f.mask & bits]
         if names:
-            said.append(f"{verb} {' and '.join([', '.join(names[:-1]), names[-1]] if names[1:] else names)}")
+            said.append(f"{verb} {listed(names)}")
     return " and ".join(said) or "changes nothing"
 
 
 # ---- well-known words ------------------------------------------------------------------------------------------------
+
+
+def after_read(fmt: SpteFormat, spte: int) -> int:
+    """The SPTE after a read: a tracked one faults and is restored, in another the CPU sets A."""
+    if fmt.is_access_track_spte(spte):
+        return int(fmt.restore_acc_track_spte(spte))
+    return spte | int(fmt.spte_shadow_accessed_mask(spte))
 
 
 def named_words(leaf: str) -> dict[str, int]:
@@ -154,11 +161,10 @@ def named_words(leaf: str) -> dict[str, int]:
     fmt, ad_type = LEAVES[leaf]
     fresh = fmt.make_spte(PFN, ad_type=ad_type).spte
     aged = fmt.mmu_spte_age(fresh).spte
-    tracked = fmt.is_access_track_spte(aged)  # then the next read is a fault, and KVM restores; else the CPU sets A
     words = {
         "fresh, writable": fresh,
         "aged": aged,
-        "aged, then read": fmt.restore_acc_track_spte(aged) if tracked else aged | fmt.spte_shadow_accessed_mask(aged),
+        "aged, then read": after_read(fmt, aged),
         "write-protected for logging": fmt.spte_write_protect(fresh).spte,
         "protected for shadow paging": fmt.spte_write_protect(fresh, pt_protect=True).spte,
         "host read-only": fmt.make_spte(PFN, ad_type=ad_type, host_writable=False).spte,

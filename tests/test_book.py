@@ -15,6 +15,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from kvmbook.inspector import SpteInspector
 from tests.live_panels import by_title, quizzes
 from tools import book, checks, pdf, store_outputs, vendor
+from tools.browser import open_drawn
 
 ROOT = book.ROOT
 STATE = re.compile(r'<script type="application/vnd.jupyter.widget-state\+json">(.*?)</script>', re.S)
@@ -57,9 +58,7 @@ def widgets_in(pages, file):
 def open_page(visit, home, file, **options):
     """A page with all its widgets drawn."""
     seen = visit(home, **options)
-    seen.page.goto(f"{home}{file}.html")
-    views = seen.page.locator('script[type="application/vnd.jupyter.widget-view+json"]').count()
-    seen.page.wait_for_function("n => document.querySelectorAll('.kvmbook-panel').length === n", arg=views)
+    open_drawn(seen.page, f"{home}{file}.html")
     return seen
 
 

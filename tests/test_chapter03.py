@@ -10,23 +10,9 @@ import pytest
 
 from kvmbook import Hardware, Kernel, Vm
 from kvmbook.arrays import ALL_BITS
+from kvmbook.decoding import HELPERS, NOT_ASKED, OPERATIONS, SENTENCES, helper_says, operation_does
 from kvmbook.exercises import ch03
-from kvmbook.inspector import (
-    HELPERS,
-    NOT_ASKED,
-    OPERATIONS,
-    PATTERNS,
-    SENTENCES,
-    SPECIAL,
-    SpteInspector,
-    decode,
-    helper_says,
-    last_sentence,
-    looks_at,
-    operation_does,
-    parse,
-    spte_inspector,
-)
+from kvmbook.inspector import PATTERNS, SPECIAL, SpteInspector, decode, last_sentence, looks_at, parse, spte_inspector
 from kvmbook.scenes import spte_state
 from kvmbook.spte import SpteFormat
 from kvmbook.views import script

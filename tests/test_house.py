@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 ORDER = [
     "views", "arrays", "spte", "tlb", "hardware", "kernel", "host", "memslots", "page_tables", "machine", "access_tracking",
     "huge_pages", "wrprot", "faults", "memory_regions", "dirty_log", "vm", "invariants", "schedule", "cells", "tables",
-    "explore", "products", "anynumber", "flush_rules", "scenes", "slot_scenes", "runs", "figures", "word_figures",
+    "explore", "products", "anynumber", "flush_rules", "scenes", "slot_scenes", "runs", "figures", "word_figures", "decoding",
     "run_figures", "panels", "slot_panels", "inspector", "scheduler", "quiz", "exercises",
 ]  # fmt: skip
 

@@ -15,8 +15,8 @@ from playwright.sync_api import expect
 from kvmbook.inspector import SpteInspector, spte_inspector
 from kvmbook.panels import Panel
 from kvmbook.scheduler import SchedulerPanel
-from tests.lab import PATIENCE, ROOT, errors_in, jupyter_lab, said_by
 from tests.live_panels import by_title
+from tools.lab import PATIENCE, ROOT, errors_in, jupyter_lab, said_by
 
 NOTEBOOKS = [f"notebooks/{path.name}" for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
 FIRST = NOTEBOOKS[0]

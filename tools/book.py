@@ -1,7 +1,7 @@
 """Build the book: run the chapters, check what the pages need, and have Jupyter Book make HTML of them.
 
-Usage: book.py [--stored] FOLDER   The pages are FOLDER/html. A chapter is run only if it or the package has changed since;
-``--stored`` takes the outputs that are stored in the notebooks instead (tests compare those with a run).
+Usage: book.py [--stored] FOLDER   The pages are FOLDER/_build/html. A chapter is run only if it or the package has
+changed since; ``--stored`` takes the outputs that are stored in the notebooks instead (tests compare those with a run).
 Stops, naming notebook and cell, at whatever would be broken in the pages.
 """
 
@@ -37,11 +37,7 @@ def stage(root: pathlib.Path, source: pathlib.Path, stored: bool) -> None:
         write(source / "book/function-map.md", function_map.markdown().encode())
     except function_map.Unparsable as problem:
         raise SystemExit(str(problem)) from None
-    vendor.fetch(ROOT / "build/vendor")
-    for package in ("requirejs", "html-manager"):
-        shutil.copytree(ROOT / "build/vendor" / package, source / "static/vendor" / package)
-    write(source / "static/vendor/anywidget.js", anywidget_js().read_bytes())
-    write(source / "static/vendor/widgets.js", (ROOT / "tools/widgets.js").read_bytes())
+    vendor.lay_out(source / "static/vendor")
     notebooks = sorted((root / "notebooks").glob("*.ipynb"))
     listed = {root / f"{file}.ipynb" for file in contents(root) if file.startswith("notebooks/")}
     if odd := listed.symmetric_difference(notebooks):
@@ -78,11 +74,6 @@ def write(path: pathlib.Path, content: bytes) -> None:
     """Write a file, its folder too."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
-
-
-def anywidget_js() -> pathlib.Path:
-    """The part of anywidget that runs in the browser, as its Python package installs it."""
-    return pathlib.Path(sys.prefix, "share/jupyter/nbextensions/anywidget/index.js")
 
 
 def run(path: pathlib.Path) -> pathlib.Path:

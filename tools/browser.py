@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 
 from tools.debian import program
 
@@ -31,6 +31,13 @@ def launch_options() -> dict[str, Any]:
     if path is None:
         raise RuntimeError("chromium is missing; on Debian: apt-get install chromium")
     return {"executable_path": path, "args": ["--no-sandbox", "--disable-gpu", *QUIET]}
+
+
+def open_drawn(page: Page, address: str) -> None:
+    """Open a page of the book and wait until all its widgets are drawn."""
+    page.goto(address)
+    views = page.locator('script[type="application/vnd.jupyter.widget-view+json"]').count()
+    page.wait_for_function("wanted => document.querySelectorAll('.kvmbook-panel').length === wanted", arg=views)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import pathlib
 import re
 from collections.abc import Iterator
@@ -11,10 +12,21 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import nbformat
-from bs4 import BeautifulSoup, Tag
+from bs4 import BeautifulSoup
 
 WIDGET_STATE = "application/vnd.jupyter.widget-state+json"
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
+
+
+def models_of(shown: list[str], states: dict[str, Any]) -> list[str]:
+    """These widgets and all that they refer to, in the order in which they are met."""
+    met = dict.fromkeys(shown)
+    for model in (queue := list(met)):  # grows while we go
+        inner = [one for one in re.findall(r"IPY_MODEL_([0-9a-f]{32})", json.dumps(states[model])) if one not in met]
+        met.update(dict.fromkeys(inner))
+        queue += dict.fromkeys(inner)
+    return list(met)
+
 
 # ---- a notebook ------------------------------------------------------------------------------------------------------
 
@@ -112,7 +124,7 @@ def _there(page: pathlib.Path, path: str, fragment: str) -> bool:
         return False
     if not fragment or target.suffix != ".html":
         return True
-    return any(isinstance(tag, Tag) for tag in _read(target).find_all(id=unquote(fragment)))
+    return _read(target).find(id=unquote(fragment)) is not None
 
 
 def _place(root: pathlib.Path, file: str, written: str) -> str:

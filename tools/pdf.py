@@ -7,6 +7,7 @@ the table of contents, so that links lead inside the file and page numbers run t
 from __future__ import annotations
 
 import pathlib
+import posixpath
 import sys
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,7 +19,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from tools.book import contents  # noqa: E402
-from tools.browser import chromium  # noqa: E402
+from tools.browser import chromium, open_drawn  # noqa: E402
 
 FOOTER = '<div style="font-size: 8px; width: 100%; text-align: center"><span class="pageNumber"></span></div>'
 PRINT_NAME = "print.html"  # beside the pages while it is printed, so that styles and scripts are found
@@ -82,16 +83,8 @@ def relocate(tag: Any, file: str, names: dict[str, str]) -> None:
         address = urlsplit(tag.attrs.get(attribute, ""))
         if address.scheme or not (address.path or address.fragment):
             continue
-        target = (
-            pathlib.PurePosixPath(file).parent / address.path if address.path else pathlib.PurePosixPath(f"{file}.html")
-        )
-        parts: list[str] = []
-        for part in target.parts:
-            if part == ".." and parts:
-                parts.pop()
-            elif part != ".":
-                parts.append(part)
-        path = "/".join(parts)
+        here = f"{file}.html"
+        path = posixpath.normpath(posixpath.join(posixpath.dirname(here), address.path)) if address.path else here
         if path.endswith(".html") and path.removesuffix(".html") in names:
             name = names[path.removesuffix(".html")]
             tag[attribute] = f"#{name}-{address.fragment}" if address.fragment else f"#{name}"
@@ -105,9 +98,7 @@ def print_book(pages: pathlib.Path, out: pathlib.Path, browser: Browser) -> None
     page_file.write_text(one_page(pages))
     page = browser.new_page(color_scheme="light")
     try:
-        page.goto(page_file.as_uri())
-        views = page.locator('script[type="application/vnd.jupyter.widget-view+json"]').count()
-        page.wait_for_function("wanted => document.querySelectorAll('.kvmbook-panel').length === wanted", arg=views)
+        open_drawn(page, page_file.as_uri())
         page.pdf(
             path=str(out), format="A4", print_background=True, outline=True, tagged=True, display_header_footer=True,
             header_template="<span></span>", footer_template=FOOTER,

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import pathlib
 import re
-import shutil
 import sys
 from collections.abc import Iterator
 from html import escape
@@ -32,8 +31,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from tools import vendor  # noqa: E402
-from tools.book import anywidget_js  # noqa: E402
-from tools.checks import WIDGET_STATE, WIDGET_VIEW, has_title  # noqa: E402
+from tools.checks import WIDGET_STATE, WIDGET_VIEW, has_title, models_of  # noqa: E402
 
 DECKS = ROOT / "slides"
 TEMPLATE = ROOT / "tools/slides_template"
@@ -86,7 +84,7 @@ def assemble(deck: pathlib.Path, chapter: Any) -> Any:
     stored = chapter.metadata.get("widgets", {}).get(WIDGET_STATE, {})
     shown = [cell.metadata.shows for cell in cells if "shows" in cell.metadata]
     if shown:
-        used = models_of(shown, stored["state"])
+        used = {model: stored["state"][model] for model in models_of(shown, stored["state"])}
         deck_notebook.metadata.widgets = {WIDGET_STATE: {**stored, "state": used}}
     return deck_notebook
 
@@ -152,7 +150,6 @@ def taken(where: str, part: str, chapter: Any) -> Any:
         raise Wrong(f"{where}: {part}: cell {cell.id} has no output")
     if "code" not in wanted:
         cell.metadata.transient = {"remove_source": True}
-    cell.outputs = joined(cell.outputs)
     cell.metadata.pop("tags", None)
     prepare(f"{where}: {part}: cell {cell.id}", cell, chapter, "code" in wanted)
     return cell
@@ -166,17 +163,6 @@ def named(where: str, part: str, cell_id: str | None, words: str | None, chapter
         which = ", ".join(cell.id for cell in found) or "none"
         raise Wrong(f"{where}: {part} must name one code cell of the chapter, but names: {which}")
     return nbformat.from_dict(found[0])
-
-
-def joined(outputs: list[Any]) -> list[Any]:
-    """The outputs, what was printed in pieces in one piece."""
-    whole: list[Any] = []
-    for output in outputs:
-        if whole and output.output_type == "stream" == whole[-1].output_type and output.name == whole[-1].name:
-            whole[-1].text += output.text
-        else:
-            whole.append(nbformat.from_dict(output))
-    return whole
 
 
 def prepare(where: str, cell: Any, chapter: Any, with_code: bool) -> None:
@@ -221,17 +207,6 @@ def layout(pictures: list[str], room: tuple[Room, Room]) -> tuple[float, bool]:
     return width / height, beside > above
 
 
-def models_of(shown: list[str], states: dict[str, Any]) -> dict[str, Any]:
-    """The states of these panels, and of the models that they refer to."""
-    used: dict[str, Any] = {}
-    todo = list(shown)
-    for model in todo:  # grows while we go
-        if model not in used:
-            used[model] = states[model]
-            todo += re.findall(r"IPY_MODEL_(\w+)", repr(states[model]["state"].get("layout")))
-    return used
-
-
 # ---- pages -----------------------------------------------------------------------------------------------------------
 
 
@@ -271,11 +246,7 @@ def build(folder: pathlib.Path) -> list[pathlib.Path]:
     pages = {f"{notebook_of(deck).stem}.html": page_of(deck) for deck in decks}
     for old in folder.glob("*.html"):
         old.unlink()
-    vendor.fetch(ROOT / "build/vendor")
-    for package in ("requirejs", "html-manager", "reveal.js"):
-        shutil.copytree(ROOT / "build/vendor" / package, folder / "vendor" / package, dirs_exist_ok=True)
-    shutil.copy(anywidget_js(), folder / "vendor/anywidget.js")
-    shutil.copy(ROOT / "tools/widgets.js", folder / "vendor/widgets.js")
+    vendor.lay_out(folder / "vendor", "reveal.js")
     for name, (_, page) in pages.items():
         (folder / name).write_text(page)
     (folder / "index.html").write_text(index_of({name: title for name, (title, _) in pages.items()}))

@@ -5,7 +5,6 @@ The panels' states are stored too: JupyterLab shows them before anything is run.
 (widget ids, execution times, the Python release) are replaced or dropped.
 """
 
-import json
 import pathlib
 import re
 import sys
@@ -17,7 +16,7 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tools.checks import WIDGET_STATE  # noqa: E402
+from tools.checks import WIDGET_STATE, models_of  # noqa: E402
 
 TIMEOUT = 120  # seconds a cell
 
@@ -54,11 +53,7 @@ def with_lasting_names(notebook: nbformat.NotebookNode, name: str) -> str:
     digits."""
     text = nbformat.writes(notebook)
     states = notebook.metadata.get("widgets", {}).get(WIDGET_STATE, {}).get("state", {})
-    met = dict.fromkeys(re.findall(r'"model_id": "([0-9a-f]{32})"', text))
-    for model in (queue := list(met)):  # grows while we go
-        inner = [one for one in re.findall(r"IPY_MODEL_([0-9a-f]{32})", json.dumps(states[model])) if one not in met]
-        met.update(dict.fromkeys(inner))
-        queue += dict.fromkeys(inner)
+    met = models_of(re.findall(r'"model_id": "([0-9a-f]{32})"', text), states)
     for model in set(states) - set(met):  # such as a progress bar that is gone
         del states[model]
     text = nbformat.writes(notebook)

@@ -17,6 +17,7 @@ import sys
 import tarfile
 import urllib.request
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 LOCK = pathlib.Path(__file__).with_name("vendor.json")
 
 
@@ -32,6 +33,16 @@ def fetch(folder: pathlib.Path) -> None:
                 shutil.rmtree(here, ignore_errors=True)
                 unpack(download(package, pinned["version"], pinned["integrity"]), pinned["files"], here)
                 stamp.write_text(json.dumps(pinned))
+
+
+def lay_out(folder: pathlib.Path, *packages: str) -> None:
+    """Put what lets widgets live without a kernel into ``folder``, and these packages besides."""
+    fetch(ROOT / "build/vendor")
+    for package in ("requirejs", "html-manager", *packages):
+        shutil.copytree(ROOT / "build/vendor" / package, folder / package, dirs_exist_ok=True)
+    anywidget = pathlib.Path(sys.prefix, "share/jupyter/nbextensions/anywidget/index.js")  # its Python package's own
+    shutil.copy(anywidget, folder / "anywidget.js")
+    shutil.copy(ROOT / "tools/widgets.js", folder / "widgets.js")
 
 
 def download(package: str, version: str, integrity: str) -> bytes:

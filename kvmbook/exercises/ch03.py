@@ -21,7 +21,7 @@ from kvmbook.spte import (
     SPTE_TDP_AD_WRPROT_ONLY_MASK,
     SpteFormat,
 )
-from kvmbook.word_figures import FREE, KVM_READS, LEAVES, PFN, broken_rule, fields
+from kvmbook.word_figures import FREE, KVM_READS, LEAVES, PFN, after_read, broken_rule, fields
 
 # ---- quiz ------------------------------------------------------------------------------------------------------------
 
@@ -95,7 +95,7 @@ def quiz_03_5() -> Answer:
 MADE_AGAIN = "a second fault makes it again"  # over W = 1: without D, where there is a D bit
 STEPS: dict[str, Callable[[SpteFormat, int], int]] = {
     "the host ages it": lambda fmt, spte: int(fmt.mmu_spte_age(spte).spte),
-    "a vCPU reads it": lambda fmt, spte: read(fmt, spte),
+    "a vCPU reads it": after_read,
     "it is write-protected for logging": lambda fmt, spte: int(fmt.spte_write_protect(spte).spte),
     "it is protected for shadow paging": lambda fmt, spte: int(fmt.spte_write_protect(spte, pt_protect=True).spte),
     MADE_AGAIN: lambda fmt, spte: make_again(fmt, spte),
@@ -107,13 +107,6 @@ SKETCHES = (
     ("it is protected for shadow paging", "the host ages it"),
     ("it is protected for shadow paging", "the host ages it", "a vCPU reads it"),
 )
-
-
-def read(fmt: SpteFormat, spte: int) -> int:
-    """The SPTE after a read: a tracked one faults and is restored, in another the CPU sets A."""
-    if fmt.is_access_track_spte(spte):
-        return int(fmt.restore_acc_track_spte(spte))
-    return spte | int(fmt.spte_shadow_accessed_mask(spte))
 
 
 def make_again(fmt: SpteFormat, spte: int) -> int:
