@@ -1,5 +1,5 @@
 """How long it takes to know that no run of a small VM loses a write, or how the shortest one does: SPIN, the plain search,
-`kvmbook.explore` and `kvmbook.products`, on the same transition systems, in turns, each in a process of its own.
+`kvmbook.search` and `kvmbook.products`, on the same transition systems, in turns, each in a process of its own.
 
 SPIN gets a generated model with tables in C (`benchmarks.promela`) and the options that were fastest. All sides are one
 thread. Times are medians; a side whose first run takes more than a minute runs once. Ratios are of CPU times, which other
@@ -21,11 +21,18 @@ from pathlib import Path
 
 from benchmarks.promela import BREADTH_FIRST, FAST, Measured, Verifier, measured, missing
 from kvmbook import FlushPolicy, Hardware, Kernel
-from kvmbook.anynumber import AnyNumber
-from kvmbook.cells import Cells
-from kvmbook.explore import Search, Space, space_of
-from kvmbook.products import count_any_size, count_states
-from kvmbook.schedule import Grain, plain_search, smallest_vm
+from kvmbook.search import (
+    AnyNumber,
+    Cells,
+    Grain,
+    Search,
+    Space,
+    count_any_size,
+    count_states,
+    plain_search,
+    smallest_vm,
+    space_of,
+)
 
 ROOT = Path(__file__).parent.parent
 ONCE = 60.0  # seconds
@@ -40,7 +47,7 @@ INSTANCES: list[tuple[str, Instance, bool, int]] = [  # whether a write is lost,
 ]
 PLAIN_ON = 1  # so many of them are small enough for the plain search
 SEED = (
-    "import kvmbook; from kvmbook.explore import explore; "
+    "import kvmbook; from kvmbook.search import explore; "
     "print(explore(kvmbook.Hardware.ept(ad_bits=False), kvmbook.Kernel.v5_19))"
 )
 

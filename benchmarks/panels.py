@@ -14,13 +14,13 @@ from collections.abc import Iterator, Sequence
 
 from playwright.sync_api import Page
 
-from kvmbook.panels import Panel, lose_a_write
+from kvmbook.views import Panel, lose_a_write
 from tools.browser import chromium, chromium_path
 from tools.lab import Lab, errors_in, jupyter_lab
 
 CLICKS, WARM_UP = 20, 3
 GOALS = {"carried by the panel": 50, "computed by the kernel": 150}  # milliseconds
-COMPUTED = """from kvmbook.panels import Panel, lose_a_write
+COMPUTED = """from kvmbook.views import Panel, lose_a_write
 panel = lose_a_write()
 settings = {setting["name"]: setting["options"] for setting in panel.settings}
 Panel(panel.title, settings, panel._show, carry=False)"""

@@ -18,8 +18,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from kvmbook.explore import Space
-from kvmbook.tables import EXIT
+from kvmbook.search import EXIT, Space
 
 # The fastest found of SPIN's exact modes. SFH: a cheaper hash, of the bytes as they are; NOVSZ: no length beside each state.
 # Partial order reduction has nothing to reduce: one process, and every step touches every variable.

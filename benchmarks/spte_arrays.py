@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from kvmbook import SpteFormat
-from kvmbook.spte import SPTE_TDP_AD_DISABLED_MASK, SPTE_TDP_AD_ENABLED_MASK
+from kvmbook.model import SPTE_TDP_AD_DISABLED_MASK, SPTE_TDP_AD_ENABLED_MASK
 
 WORDS, ROUNDS = 1 << 20, 41
 

@@ -3,10 +3,6 @@
 Start with ``Vm``; the chapters in ``notebooks/`` do.
 """
 
-from kvmbook.faults import Outcome
-from kvmbook.hardware import Hardware
-from kvmbook.kernel import FlushPolicy, Kernel
-from kvmbook.spte import SpteFormat
-from kvmbook.vm import Vcpu, Vm
+from kvmbook.model import FlushPolicy, Hardware, Kernel, Outcome, SpteFormat, Vcpu, Vm
 
 __all__ = ["FlushPolicy", "Hardware", "Kernel", "Outcome", "SpteFormat", "Vcpu", "Vm"]

@@ -5,16 +5,16 @@ import importlib
 import inspect
 import pkgutil
 
-import kvmbook
 import kvmbook.exercises
-from kvmbook.panels import Panel
+import kvmbook.views
+from kvmbook.views import Panel
 
 
 @functools.cache
 def by_title():
     """Every panel of the package, by its title: what its functions without arguments that promise a `Panel` return."""
     found = {}
-    for room in pkgutil.iter_modules(kvmbook.__path__, "kvmbook."):
+    for room in pkgutil.iter_modules(kvmbook.views.__path__, "kvmbook.views."):
         module = importlib.import_module(room.name)
         for name, function in inspect.getmembers(module, inspect.isfunction):
             promises = str(inspect.signature(function).return_annotation)

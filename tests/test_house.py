@@ -11,38 +11,84 @@ import tomllib
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-# From the ground up: a module may import those before it, and nobody else.
-ORDER = [
-    "views", "arrays", "spte", "tlb", "hardware", "kernel", "host", "memslots", "page_tables", "machine", "access_tracking",
-    "huge_pages", "wrprot", "faults", "memory_regions", "dirty_log", "vm", "invariants", "schedule", "cells", "tables",
-    "explore", "products", "anynumber", "flush_rules", "scenes", "slot_scenes", "runs", "figures", "word_figures", "decoding",
-    "run_figures", "panels", "slot_panels", "inspector", "scheduler", "quiz", "exercises",
-]  # fmt: skip
+# From the ground up: a wing may import from those before it, by their face; a room from those before it in its wing.
+WINGS = {
+    "model": [
+        "arrays", "spte", "tlb", "host", "hardware", "kernel", "memslots", "page_tables", "machine", "access_tracking",
+        "huge_pages", "wrprot", "faults", "memory_regions", "dirty_log", "vm", "invariants",
+    ],
+    "search": ["schedule", "cells", "tables", "space", "explore", "products", "anynumber", "flush_rules"],
+    "scenes": ["enabling", "slots", "words", "decoding", "runs"],
+    "views": [
+        "scripts", "figures", "word_figures", "run_figures", "panel", "enabling_panels", "slot_panels", "rules_panel",
+        "inspector", "scheduler", "quiz",
+    ],
+    "exercises": ["mechanism", "vms", "ch01", "ch02", "ch03", "ch08", "ch10", "ch11"],
+}  # fmt: skip
+PACKAGE = ROOT / "kvmbook"
 
 
 def imports_of(path):
+    """The modules that a file imports; ``from kvmbook.model import faults`` imports a room too, but search's face has a
+    function of the name of its room `explore`."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            rooms = WINGS.get(node.module.removeprefix("kvmbook."), []) if node.module.startswith("kvmbook.") else []
+            inside = [
+                f"{node.module}.{alias.name}" for alias in node.names if alias.name in rooms and alias.name != "explore"
+            ]
+            yield from inside or [node.module]
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
 
 
-def test_imports_go_one_way():
-    files = [path.relative_to(ROOT / "kvmbook") for path in (ROOT / "kvmbook").rglob("*.py")]
-    rooms = {path: path.parts[0].removesuffix(".py") for path in files if str(path) != "__init__.py"}
-    assert set(rooms.values()) == set(ORDER)
-    for path, name in rooms.items():
-        for imported in imports_of(ROOT / "kvmbook" / path):
-            room = imported.removeprefix("kvmbook.").split(".")[0]
-            if imported.startswith("kvmbook.") and room in ORDER and room != name:
-                assert ORDER.index(room) < ORDER.index(name), f"{path} imports {room}, which lies above it"
+def room_of(path):
+    """(wing, room) of a file of the package; the room of a face is ""."""
+    wing, *room = path.relative_to(PACKAGE).with_suffix("").parts
+    return wing, "" if room == ["__init__"] else ".".join(room)
 
 
-def test_importing_kvmbook_imports_neither_matplotlib_nor_ipywidgets():
-    heavy = "('matplotlib', 'ipywidgets', 'anywidget')"
-    code = f"import sys, kvmbook, kvmbook.figures; print([m for m in {heavy} if m in sys.modules])"
+ROOMS = sorted(path for wing in WINGS for path in (PACKAGE / wing).rglob("*.py"))
+
+
+def test_the_house_has_five_wings_and_these_rooms():
+    assert {path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"} == {*WINGS, "__init__.py"}
+    assert sorted(room_of(path) for path in ROOMS) == sorted((w, r) for w, rooms in WINGS.items() for r in ["", *rooms])
+
+
+@pytest.mark.parametrize("path", ROOMS, ids=lambda path: ".".join(room_of(path)))
+def test_imports_go_one_way_and_through_the_face(path):
+    wing, room = room_of(path)
+    for imported in imports_of(path):
+        if not imported.startswith("kvmbook"):
+            continue
+        there, *inside = imported.split(".")[1:] or [""]
+        if there != wing:
+            assert not inside, f"{path.name} reaches into {imported}: the face of {there} hands on what others may use"
+            assert list(WINGS).index(there) < list(WINGS).index(wing), f"{wing} stands below {there}"
+        elif room:
+            order = WINGS[wing]
+            assert inside and order.index(inside[0]) < order.index(room), (
+                f"{imported} lies above {room}, or is its own face"
+            )
+
+
+def test_everybody_else_comes_through_a_door():
+    """Notebooks, decks, tools and benchmarks use faces, and a chapter's own exercises; a wing's tests may look inside it."""
+    for path in [p for folder in ("tools", "benchmarks", "tests") for p in (ROOT / folder).rglob("*.py")]:
+        own = path.relative_to(ROOT).parts[1] if path.parts[-3:-2] == ("tests",) else ""
+        for imported in imports_of(path):
+            wing, *room = imported.split(".")[1:] if imported.startswith("kvmbook.") else [""]
+            assert not room or wing == own or room[0] in WINGS["exercises"], f"{path}: {imported}"
+    for path in NOTEBOOKS:
+        for cell in json.loads(path.read_text())["cells"]:
+            for imported in re.findall(r"from (kvmbook[\w.]*) import", "".join(cell["source"])):
+                assert re.fullmatch(r"kvmbook(\.(model|search|scenes|views|exercises\.ch\d\d))?", imported), imported
+
+
+def test_only_views_import_matplotlib_or_a_widget_library():
+    heavy = "('matplotlib', 'ipywidgets', 'anywidget', 'numba')"
+    code = f"import sys, kvmbook.search, kvmbook.scenes; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
@@ -81,10 +127,12 @@ def test_the_readmes_ten_lines_print_what_the_readme_says_also_at_a_prompt():
         assert done.stdout == printed
 
 
-def test_the_readmes_map_names_every_room():
+def test_the_readmes_map_names_every_wing_and_room():
     readme = (ROOT / "README.md").read_text()
-    for name in ORDER:
-        assert f"`{name}.py`" in readme or f"`{name}/`" in readme, name
+    for wing, rooms in WINGS.items():
+        assert f"`{wing}/`" in readme, wing
+        for room in rooms:
+            assert f"`{room}`" in readme or wing == "exercises", room
 
 
 # ---- notebooks -------------------------------------------------------------------------------------------------------

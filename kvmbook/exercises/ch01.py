@@ -1,12 +1,9 @@
 """Exercises and questions of chapter 01."""
 
-from kvmbook.exercises import Answer, Run, checker, question
+from kvmbook.exercises.mechanism import Answer, Run, checker, question
 from kvmbook.exercises.vms import PAGES, aged, enable, slot_was_touched
-from kvmbook.faults import ACCESSES, Outcome
-from kvmbook.hardware import Hardware
-from kvmbook.kernel import FlushPolicy, Kernel
+from kvmbook.model import ACCESSES, FlushPolicy, Hardware, Kernel, Outcome, Vm
 from kvmbook.scenes import BASE_GFN, write_after_enabling
-from kvmbook.vm import Vm
 
 
 @question("yes", "no")

@@ -8,15 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kvmbook.dirty_log import ClearDirtyLog, GetDirtyLog
-from kvmbook.exercises import Answer, checker, question
-from kvmbook.faults import Outcome
-from kvmbook.hardware import Hardware
-from kvmbook.kernel import Kernel
-from kvmbook.memslots import MemoryRegion
-from kvmbook.scenes import BASE_GFN
-from kvmbook.slot_scenes import ProtectFirst, errno_of, harvest, logged_vm, region
-from kvmbook.vm import Vm
+from kvmbook.exercises.mechanism import Answer, checker, question
+from kvmbook.model import ClearDirtyLog, GetDirtyLog, Hardware, Kernel, MemoryRegion, Outcome, Vm
+from kvmbook.scenes import BASE_GFN, ProtectFirst, errno_of, harvest, logged_vm, region
 
 # ---- questions -------------------------------------------------------------------------------------------------------
 

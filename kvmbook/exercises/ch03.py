@@ -5,23 +5,22 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
-from kvmbook.exercises import Answer, checker, question
+from kvmbook.exercises.mechanism import Answer, checker, question
 from kvmbook.exercises.vms import aged
-from kvmbook.faults import Outcome
-from kvmbook.hardware import Hardware
-from kvmbook.inspector import parse
-from kvmbook.kernel import Kernel
-from kvmbook.scenes import BASE_GFN, spte_state
-from kvmbook.spte import (
+from kvmbook.model import (
     PT_WRITABLE_MASK,
     READ_MASK,
     SHADOW_ACC_TRACK_SAVED_MASK,
     SPTE_TDP_AD_DISABLED_MASK,
     SPTE_TDP_AD_MASK,
     SPTE_TDP_AD_WRPROT_ONLY_MASK,
+    Hardware,
+    Kernel,
+    Outcome,
     SpteFormat,
 )
-from kvmbook.word_figures import FREE, KVM_READS, LEAVES, PFN, after_read, broken_rule, fields
+from kvmbook.scenes import BASE_GFN, FREE, KVM_READS, LEAVES, PFN, after_read, broken_rule, fields, spte_state
+from kvmbook.views import parse
 
 # ---- quiz ------------------------------------------------------------------------------------------------------------
 
@@ -116,7 +115,7 @@ def make_again(fmt: SpteFormat, spte: int) -> int:
 
 
 class Found(NamedTuple):
-    """A word to decode: its format, a key of `kvmbook.word_figures.LEAVES`, and the word."""
+    """A word to decode: its format, a key of `kvmbook.scenes.words.LEAVES`, and the word."""
 
     format: str
     word: int

@@ -3,14 +3,19 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from kvmbook.exercises import Answer, Run, checker, question
+from kvmbook.exercises.mechanism import Answer, Run, checker, question
 from kvmbook.exercises.vms import PAGES, aged, enable
-from kvmbook.hardware import Hardware
-from kvmbook.kernel import FlushPolicy, FlushRule, Kernel
-from kvmbook.memory_regions import kvm_mmu_slot_apply_flags
-from kvmbook.memslots import KVM_MEM_LOG_DIRTY_PAGES, Change
+from kvmbook.model import (
+    KVM_MEM_LOG_DIRTY_PAGES,
+    Change,
+    FlushPolicy,
+    FlushRule,
+    Hardware,
+    Kernel,
+    Vm,
+    kvm_mmu_slot_apply_flags,
+)
 from kvmbook.scenes import BASE_GFN
-from kvmbook.vm import Vm
 
 
 @question("yes", "no")

@@ -2,13 +2,10 @@
 
 from collections.abc import Collection, Sequence
 
-from kvmbook.exercises import Answer, checker, question
-from kvmbook.explore import Result, explore
-from kvmbook.hardware import Hardware
-from kvmbook.kernel import FlushPolicy, Kernel
-from kvmbook.runs import graph_of
-from kvmbook.scenes import HARDWARE
-from kvmbook.schedule import Grain, act, possible, smallest_vm
+from kvmbook.exercises.mechanism import Answer, checker, question
+from kvmbook.model import FlushPolicy, Hardware, Kernel
+from kvmbook.scenes import HARDWARE, graph_of
+from kvmbook.search import Grain, Result, act, explore, possible, smallest_vm
 
 
 @question("980 runs were tried", "every run up to the depth of the search", "every run, of any length")

@@ -2,15 +2,11 @@
 
 from itertools import combinations
 
-from kvmbook.arrays import Spte, Truth
-from kvmbook.exercises import Answer, Run, checker, question
+from kvmbook.exercises.mechanism import Answer, Run, checker, question
 from kvmbook.exercises.vms import PAGES, lost_while_logging
-from kvmbook.flush_rules import BITS, BitRule, Leaf, leaves_met, sound_rules
-from kvmbook.hardware import Hardware
-from kvmbook.kernel import Kernel
+from kvmbook.model import Hardware, Kernel, Spte, SpteFormat, Truth, Vm
 from kvmbook.scenes import BASE_GFN
-from kvmbook.spte import SpteFormat
-from kvmbook.vm import Vm
+from kvmbook.search import BITS, BitRule, Leaf, leaves_met, sound_rules
 
 
 def _losing_w(hardware: Hardware) -> frozenset[Leaf]:

@@ -13,8 +13,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from kvmbook.quiz import Quiz
-from kvmbook.vm import Vm
+from kvmbook.model import Vm
+from kvmbook.views import Quiz
 
 Run = Callable[[Vm], Any]
 

@@ -1,10 +1,7 @@
 """The VMs that exercises start from, and what several of them ask of one at the end."""
 
-from kvmbook.hardware import Hardware
-from kvmbook.kernel import Kernel
-from kvmbook.memslots import MemorySlot
+from kvmbook.model import Hardware, Kernel, MemorySlot, Vm
 from kvmbook.scenes import BASE_GFN
-from kvmbook.vm import Vm
 
 PAGES = 16
 

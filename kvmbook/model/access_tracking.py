@@ -11,10 +11,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from kvmbook.arrays import Spte
-from kvmbook.machine import Machine, Operation, step
-from kvmbook.memslots import MemorySlot
-from kvmbook.spte import PG_LEVEL_4K, Changed, pages_per_level
+from kvmbook.model.arrays import Spte
+from kvmbook.model.machine import Machine, Operation, step
+from kvmbook.model.memslots import MemorySlot
+from kvmbook.model.spte import PG_LEVEL_4K, Changed, pages_per_level
 
 
 def kvm_age_gfn(m: Machine, start: int, end: int) -> bool:

@@ -1,4 +1,4 @@
-"""One formula, one word or a million: how the functions of `kvmbook.spte` take arrays.
+"""One formula, one word or a million: how the functions of `kvmbook.model.spte` take arrays.
 
 `by_word` is the book's first fast engine, and follows the house rule: it is derived from the readable formula by
 running it. Nobody needs to read this module to understand SPTEs.

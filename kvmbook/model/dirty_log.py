@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kvmbook import wrprot
-from kvmbook.machine import Machine, Operation, step
-from kvmbook.memslots import (
+from kvmbook.model import wrprot
+from kvmbook.model.machine import Machine, Operation, step
+from kvmbook.model.memslots import (
     KVM_ADDRESS_SPACE_NUM,
     KVM_USER_MEM_SLOTS,
     MemorySlot,

@@ -10,14 +10,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 
-from kvmbook.access_tracking import kvm_unmap_gfn_range
-from kvmbook.host import HostPage
-from kvmbook.huge_pages import kvm_mmu_max_mapping_level
-from kvmbook.machine import Machine, Operation, VcpuState, step
-from kvmbook.memslots import MemorySlot
-from kvmbook.page_tables import Found, Root, Sptep
-from kvmbook.spte import PG_LEVEL_4K, PT_WRITABLE_MASK, REMOVED_SPTE, pages_per_level
-from kvmbook.tlb import TlbEntry
+from kvmbook.model.access_tracking import kvm_unmap_gfn_range
+from kvmbook.model.host import HostPage
+from kvmbook.model.huge_pages import kvm_mmu_max_mapping_level
+from kvmbook.model.machine import Machine, Operation, VcpuState, step
+from kvmbook.model.memslots import MemorySlot
+from kvmbook.model.page_tables import Found, Root, Sptep
+from kvmbook.model.spte import PG_LEVEL_4K, PT_WRITABLE_MASK, REMOVED_SPTE, pages_per_level
+from kvmbook.model.tlb import TlbEntry
 
 ACCESSES = ("read", "write", "fetch")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from kvmbook.spte import SpteFormat
+from kvmbook.model.spte import SpteFormat
 
 PML_ENTITY_NUM = 512
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from kvmbook.spte import PAGE_SHIFT, PG_LEVEL_4K, pages_per_level
+from kvmbook.model.spte import PAGE_SHIFT, PG_LEVEL_4K, pages_per_level
 
 USER_BASE = 0x7F00_0000_0000  # where user space puts guest memory unless told otherwise; 1G-aligned
 USER_PAGES = 1 << 35  # a 47-bit user address space

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvmbook.machine import Machine
-from kvmbook.memslots import MemorySlot
-from kvmbook.page_tables import Sptep
-from kvmbook.spte import KVM_MAX_HUGEPAGE_LEVEL, PAGE_SHIFT, PG_LEVEL_2M, PG_LEVEL_4K, pages_per_level
+from kvmbook.model.machine import Machine
+from kvmbook.model.memslots import MemorySlot
+from kvmbook.model.page_tables import Sptep
+from kvmbook.model.spte import KVM_MAX_HUGEPAGE_LEVEL, PAGE_SHIFT, PG_LEVEL_2M, PG_LEVEL_4K, pages_per_level
 
 
 def disallow_lpage(m: Machine, slot: MemorySlot, gfn: int, level: int) -> bool:

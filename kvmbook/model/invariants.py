@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from kvmbook.machine import Machine
-from kvmbook.memslots import MemorySlot
-from kvmbook.spte import EPT_RWX_MASK, PG_LEVEL_4K, SHADOW_ACC_TRACK_SAVED_MASK, pages_per_level
+from kvmbook.model.machine import Machine
+from kvmbook.model.memslots import MemorySlot
+from kvmbook.model.spte import EPT_RWX_MASK, PG_LEVEL_4K, SHADOW_ACC_TRACK_SAVED_MASK, pages_per_level
 
 
 def writable_chain(m: Machine) -> None:

@@ -11,8 +11,8 @@ from dataclasses import dataclass, fields, replace
 from enum import Enum
 from typing import Any, ClassVar, Protocol
 
-from kvmbook.arrays import Spte, Truth
-from kvmbook.spte import SpteFormat
+from kvmbook.model.arrays import Spte, Truth
+from kvmbook.model.spte import SpteFormat
 
 
 class FlushRule(Protocol):

@@ -14,14 +14,14 @@ from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import numpy as np
 
-from kvmbook.arrays import Spte
-from kvmbook.hardware import Hardware
-from kvmbook.host import HostMemory
-from kvmbook.kernel import Kernel
-from kvmbook.memslots import DirtyRing, MemorySlot, Memslots
-from kvmbook.page_tables import PageTables, Root, Sptep
-from kvmbook.spte import KVM_MAX_HUGEPAGE_LEVEL, PG_LEVEL_4K, SpteFormat
-from kvmbook.tlb import Tlb
+from kvmbook.model.arrays import Spte
+from kvmbook.model.hardware import Hardware
+from kvmbook.model.host import HostMemory
+from kvmbook.model.kernel import Kernel
+from kvmbook.model.memslots import DirtyRing, MemorySlot, Memslots
+from kvmbook.model.page_tables import PageTables, Root, Sptep
+from kvmbook.model.spte import KVM_MAX_HUGEPAGE_LEVEL, PG_LEVEL_4K, SpteFormat
+from kvmbook.model.tlb import Tlb
 
 Rule = Callable[[Spte], Any]  # a helper of SpteFormat: an SPTE to a named tuple whose .spte is the new one
 StepFunction = TypeVar("StepFunction", bound=Callable[..., str | None])

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from kvmbook import huge_pages, wrprot
-from kvmbook.machine import Machine, Operation, step
-from kvmbook.memslots import Change, MemoryRegion, MemorySlot
-from kvmbook.spte import PG_LEVEL_2M, PG_LEVEL_4K
+from kvmbook.model import huge_pages, wrprot
+from kvmbook.model.machine import Machine, Operation, step
+from kvmbook.model.memslots import Change, MemoryRegion, MemorySlot
+from kvmbook.model.spte import PG_LEVEL_2M, PG_LEVEL_4K
 
 
 def kvm_mmu_slot_apply_flags(m: Machine, change: Change, old: MemorySlot | None, new: MemorySlot | None) -> list[str]:

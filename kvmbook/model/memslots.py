@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvmbook.spte import PAGE_SHIFT
+from kvmbook.model.spte import PAGE_SHIFT
 
 PAGE_SIZE = 1 << PAGE_SHIFT
 KVM_USER_MEM_SLOTS = 32764

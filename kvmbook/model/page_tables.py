@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kvmbook.arrays import SPTES_PER_TABLE
-from kvmbook.spte import KVM_MAX_HUGEPAGE_LEVEL, PG_LEVEL_4K, REMOVED_SPTE, SpteFormat, pages_per_level
+from kvmbook.model.arrays import SPTES_PER_TABLE
+from kvmbook.model.spte import KVM_MAX_HUGEPAGE_LEVEL, PG_LEVEL_4K, REMOVED_SPTE, SpteFormat, pages_per_level
 
 ROOT_LEVEL = 4
 FIRST_TABLE_PFN = 1 << 37

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kvmbook.arrays import ALL_BITS, SPTE_BASE_ADDR_MASK, SPTES_PER_TABLE, Spte, Truth, by_word, where
+from kvmbook.model.arrays import ALL_BITS, SPTE_BASE_ADDR_MASK, SPTES_PER_TABLE, Spte, Truth, by_word, where
 
 PG_LEVEL_4K, PG_LEVEL_2M, PG_LEVEL_1G = 1, 2, 3
 KVM_MAX_HUGEPAGE_LEVEL = PG_LEVEL_1G
@@ -106,7 +106,7 @@ class SpteFormat:
     """The masks that KVM computes once per host (`kvm_mmu_reset_all_pte_masks`, `kvm_mmu_set_ept_masks`), and all the
     helpers that read and write SPTEs through them.
 
-    A kernel release that changes a helper is a subclass; see `kvmbook.kernel`.
+    A kernel release that changes a helper is a subclass; see `kvmbook.model.kernel`.
     Source: mmu/spte.c: kvm_mmu_reset_all_pte_masks(), kvm_mmu_set_ept_masks(), shadow_host_writable_mask,
     shadow_mmu_writable_mask, v5.19.
     """

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from kvmbook.spte import KVM_MAX_HUGEPAGE_LEVEL, PG_LEVEL_4K, pages_per_level
+from kvmbook.model.spte import KVM_MAX_HUGEPAGE_LEVEL, PG_LEVEL_4K, pages_per_level
 
 
 class TlbEntry(NamedTuple):

@@ -7,15 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from kvmbook.access_tracking import ChangePte, ClearFlushYoung, ClearYoung, InvalidateRange, TestYoung
-from kvmbook.dirty_log import ClearDirtyLog, GetDirtyLog, ResetDirtyRings
-from kvmbook.faults import Outcome, access, complete
-from kvmbook.hardware import Hardware
-from kvmbook.host import USER_BASE, HostMemory
-from kvmbook.kernel import Kernel
-from kvmbook.machine import Machine, VcpuState
-from kvmbook.memory_regions import SetUserMemoryRegion
-from kvmbook.memslots import (
+from kvmbook.model.access_tracking import ChangePte, ClearFlushYoung, ClearYoung, InvalidateRange, TestYoung
+from kvmbook.model.dirty_log import ClearDirtyLog, GetDirtyLog, ResetDirtyRings
+from kvmbook.model.faults import Outcome, access, complete
+from kvmbook.model.hardware import Hardware
+from kvmbook.model.host import USER_BASE, HostMemory
+from kvmbook.model.kernel import Kernel
+from kvmbook.model.machine import Machine, VcpuState
+from kvmbook.model.memory_regions import SetUserMemoryRegion
+from kvmbook.model.memslots import (
     DIRTY_GFN_SIZE,
     KVM_MEM_LOG_DIRTY_PAGES,
     KVM_MEM_READONLY,
@@ -25,10 +25,10 @@ from kvmbook.memslots import (
     MemorySlot,
     refuse,
 )
-from kvmbook.page_tables import PageTables, Root
-from kvmbook.spte import PAGE_SHIFT, PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K, pages_per_level
-from kvmbook.tlb import Tlb
-from kvmbook.wrprot import TrackGuestPageTable
+from kvmbook.model.page_tables import PageTables, Root
+from kvmbook.model.spte import PAGE_SHIFT, PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K, pages_per_level
+from kvmbook.model.tlb import Tlb
+from kvmbook.model.wrprot import TrackGuestPageTable
 
 PAGE_LEVELS = {"4K": PG_LEVEL_4K, "2M": PG_LEVEL_2M, "1G": PG_LEVEL_1G}
 
@@ -79,7 +79,7 @@ class Vcpu:
 
     @property
     def fault(self) -> Any:
-        """The `kvmbook.faults.PageFault` in flight, or None."""
+        """The `PageFault` in flight, or None."""
         return self.state.fault
 
     @property

@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from kvmbook.arrays import Spte, Truth
-from kvmbook.huge_pages import shadow_mmu_split_huge_pages, tdp_mmu_split_huge_pages
-from kvmbook.machine import Machine, Operation, step
-from kvmbook.memslots import MemorySlot
-from kvmbook.spte import KVM_MAX_HUGEPAGE_LEVEL, PG_LEVEL_2M, PG_LEVEL_4K, Changed, pages_per_level
+from kvmbook.model.arrays import Spte, Truth
+from kvmbook.model.huge_pages import shadow_mmu_split_huge_pages, tdp_mmu_split_huge_pages
+from kvmbook.model.machine import Machine, Operation, step
+from kvmbook.model.memslots import MemorySlot
+from kvmbook.model.spte import KVM_MAX_HUGEPAGE_LEVEL, PG_LEVEL_2M, PG_LEVEL_4K, Changed, pages_per_level
 
 Ask = Callable[[Any, Spte, Spte, Truth], Truth]
 

@@ -1,6 +1,6 @@
 """What can be asked of an SPTE, and done to it, in words: each helper's answer, what the entry is, and the operations.
 
-Every answer is a function of a format and one word, and runs the model; `kvmbook.inspector` makes tables of them.
+Every answer is a function of a format and one word, and runs the model; the inspector makes tables of them.
 """
 
 from __future__ import annotations
@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from kvmbook.spte import SPTE_TDP_AD_MASK, SPTE_TDP_AD_WRPROT_ONLY_MASK, SpteFormat
-from kvmbook.word_figures import changes, legality, stray_bits, without_word
+from kvmbook.model import SPTE_TDP_AD_MASK, SPTE_TDP_AD_WRPROT_ONLY_MASK, SpteFormat
+from kvmbook.scenes.words import changes, legality, stray_bits, without_word
 
-Ask = Callable[[SpteFormat, int], Any]
+Says = Callable[[SpteFormat, int], Any]
 Operate = Callable[[SpteFormat, int], tuple[int, str]]  # the new word, and what else is to be said
 
 # ---- what is asked ---------------------------------------------------------------------------------------------------
@@ -35,7 +35,7 @@ HELPERS = (
 )
 
 
-def helper_says(name: str) -> Ask:
+def helper_says(name: str) -> Says:
     """What the helper ``name`` answers: "yes", "no", a mask, or "not asked" of an SPTE that is not present."""
 
     def ask(fmt: SpteFormat, spte: int) -> str:
@@ -162,7 +162,7 @@ OPERATIONS: dict[str, tuple[str, str, Operate]] = {
 }
 
 
-def operation_does(key: str) -> Ask:
+def operation_does(key: str) -> Says:
     """What the operation flips (a hexadecimal word) and a sentence; nothing if it is refused."""
     _, function, operate = OPERATIONS[key]
 

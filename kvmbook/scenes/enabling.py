@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from kvmbook.hardware import Hardware
-from kvmbook.kernel import FlushPolicy, FlushRule, Kernel
-from kvmbook.memory_regions import kvm_mmu_slot_apply_flags
-from kvmbook.memslots import KVM_MEM_LOG_DIRTY_PAGES, Change
-from kvmbook.spte import SpteFormat
-from kvmbook.tlb import TlbEntry
-from kvmbook.vm import Vm
+from kvmbook.model import (
+    KVM_MEM_LOG_DIRTY_PAGES,
+    Change,
+    FlushPolicy,
+    FlushRule,
+    Hardware,
+    Kernel,
+    SpteFormat,
+    TlbEntry,
+    Vm,
+    kvm_mmu_slot_apply_flags,
+)
 
 BASE_GFN = 0x200
 HARDWARE = {

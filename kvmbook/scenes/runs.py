@@ -1,6 +1,6 @@
 """Runs retold: how page, TLB and log look after each step of a run, in words; and all runs of one page as one graph.
 
-`run_of` follows a trace on a real `Vm`. `graph_of` words the states that `kvmbook.explore` numbers. Both say the same of
+`run_of` follows a trace on a real `Vm`. `graph_of` words the states that `kvmbook.search` numbers. Both say the same of
 the same state, so a picture, a table and a panel need no rules of their own.
 """
 
@@ -12,16 +12,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from kvmbook.cells import ioctl_of
-from kvmbook.explore import Result, Search, Space, space_of
-from kvmbook.faults import PageFault
-from kvmbook.hardware import Hardware
-from kvmbook.kernel import Kernel
-from kvmbook.scenes import is_stale, spte_state, tlb_state
-from kvmbook.schedule import Action, Grain, act, smallest_vm
-from kvmbook.spte import SpteFormat
-from kvmbook.tlb import TlbEntry
-from kvmbook.vm import Vm
+from kvmbook.model import Hardware, Kernel, PageFault, SpteFormat, TlbEntry, Vm
+from kvmbook.scenes.enabling import is_stale, spte_state, tlb_state
+from kvmbook.search import Action, Grain, Result, Search, Space, act, ioctl_of, smallest_vm, space_of
 
 IOCTLS = {"SetUserMemoryRegion": "KVM_SET_USER_MEMORY_REGION", "GetDirtyLog": "KVM_GET_DIRTY_LOG"}
 SAYS = {"enables": "enables logging", "disables": "disables logging", "gets": "gets the dirty log"}
@@ -235,7 +228,7 @@ class Graph:
 
 
 def graph_of(hardware: Hardware, kernel: Kernel, vcpus: int = 1, grain: Grain = Grain.FAULT) -> Graph:
-    """The whole graph of a VM with one page, as `kvmbook.explore` knows it, its states in words."""
+    """The whole graph of a VM with one page, as `kvmbook.search` knows it, its states in words."""
     space = space_of(hardware, kernel, 1, vcpus, grain)
     search, fmt = Search(space), kernel.spte_format(hardware.format)
     order = {search.state_of([0]): 0}

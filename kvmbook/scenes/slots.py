@@ -1,6 +1,6 @@
 """The runs of chapter 02: a memslot call that is made or refused, and a harvest with a write in the middle of it.
 
-Pure functions from a few settings to a result; `kvmbook.slot_panels` draws them.
+Pure functions from a few settings to a result; `kvmbook.views.slot_panels` draws them.
 """
 
 from __future__ import annotations
@@ -13,23 +13,26 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kvmbook.dirty_log import ClearDirtyLog, GetDirtyLog
-from kvmbook.hardware import Hardware
-from kvmbook.host import USER_BASE
-from kvmbook.kernel import Kernel
-from kvmbook.machine import Machine, Operation, step
-from kvmbook.memory_regions import SetUserMemoryRegion
-from kvmbook.memslots import (
+from kvmbook.model import (
     KVM_MEM_LOG_DIRTY_PAGES,
     KVM_MEM_READONLY,
     PAGE_SIZE,
+    USER_BASE,
     Change,
+    ClearDirtyLog,
+    GetDirtyLog,
+    Hardware,
+    Kernel,
+    Machine,
     MemoryRegion,
     MemorySlot,
+    Operation,
+    SetUserMemoryRegion,
+    Vm,
     bit_offsets,
+    step,
 )
-from kvmbook.scenes import BASE_GFN
-from kvmbook.vm import Vm
+from kvmbook.scenes.enabling import BASE_GFN
 
 # ---- which errno? ----------------------------------------------------------------------------------------------------
 
@@ -49,7 +52,7 @@ def region(slot: int, flags: int, gfn: float, pages: float, user: int | None = N
     return MemoryRegion(slot, flags, address, size, USER_BASE + address if user is None else user)
 
 
-# In the kernel's order. tests/test_chapter02.py asks the model whether the order is right.
+# In the kernel's order. tests/scenes/test_slots.py asks the model whether the order is right.
 RULES = (
     Rule("the slot id is below 32764", "ids go from", region(32764, 0, 0x300, 64)),
     Rule("only known flags: 1, LOG_DIRTY_PAGES; 2, READONLY", "are known", region(2, 4, 0x300, 64)),

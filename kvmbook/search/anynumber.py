@@ -18,11 +18,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from kvmbook.cells import BLANK_VIEW, BLANK_WORD, Cells, Control, View, Word
-from kvmbook.hardware import Hardware
-from kvmbook.kernel import Kernel
-from kvmbook.schedule import Action, Grain
-from kvmbook.tables import differences
+from kvmbook.model import Hardware, Kernel
+from kvmbook.search.cells import BLANK_VIEW, BLANK_WORD, Cells, Control, View, Word
+from kvmbook.search.schedule import Action, Grain
+from kvmbook.search.tables import differences
 
 Node = tuple[Control, Word]
 

@@ -22,18 +22,26 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 
-from kvmbook.access_tracking import ClearYoung
-from kvmbook.arrays import Spte, Truth
-from kvmbook.dirty_log import GetDirtyLog
-from kvmbook.faults import PageFault
-from kvmbook.hardware import Hardware
-from kvmbook.kernel import FlushRule, Kernel
-from kvmbook.machine import Operation, VcpuState
-from kvmbook.memslots import KVM_MEM_LOG_DIRTY_PAGES, MemorySlot
-from kvmbook.schedule import BASE_GFN, Action, Grain, act, possible, smallest_vm, steps_left_out
-from kvmbook.spte import PAGE_SHIFT, PG_LEVEL_4K, SpteFormat
-from kvmbook.tlb import TlbEntry
-from kvmbook.vm import Vm
+from kvmbook.model import (
+    KVM_MEM_LOG_DIRTY_PAGES,
+    PAGE_SHIFT,
+    PG_LEVEL_4K,
+    ClearYoung,
+    FlushRule,
+    GetDirtyLog,
+    Hardware,
+    Kernel,
+    MemorySlot,
+    Operation,
+    PageFault,
+    Spte,
+    SpteFormat,
+    TlbEntry,
+    Truth,
+    VcpuState,
+    Vm,
+)
+from kvmbook.search.schedule import BASE_GFN, Action, Grain, act, possible, smallest_vm, steps_left_out
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -188,7 +196,7 @@ class Cells:
     ) -> None:
         if not kernel.srcu_grace_period:
             raise ValueError(
-                "without a grace period a fault may hold any slot that ever was; kvmbook.schedule can run that"
+                "without a grace period a fault may hold any slot that ever was; kvmbook.search.schedule can run that"
             )
         self.grain, self.without = Grain(grain), steps_left_out(without)
         self.pages = pages

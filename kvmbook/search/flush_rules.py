@@ -2,7 +2,7 @@
 
 A rule of this kind flushes iff some leaf that the enabling passes visit satisfies a predicate over its bits before and
 after. On given hardware the passes meet only a few kinds of leaf, so all predicates are the subsets of these kinds: a
-handful of rules, each of which is judged by an exhaustive search (`kvmbook.anynumber`).
+handful of rules, each of which is judged by an exhaustive search (`kvmbook.search.anynumber`).
 """
 
 from __future__ import annotations
@@ -14,14 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvmbook.anynumber import AnyNumber
-from kvmbook.arrays import Spte, Truth
-from kvmbook.cells import Cells
-from kvmbook.hardware import Hardware
-from kvmbook.kernel import FlushPolicy, FlushRule, Kernel
-from kvmbook.schedule import Grain
-from kvmbook.spte import SpteFormat
-from kvmbook.vm import Vm
+from kvmbook.model import FlushPolicy, FlushRule, Hardware, Kernel, Spte, SpteFormat, Truth, Vm
+from kvmbook.search.anynumber import AnyNumber
+from kvmbook.search.cells import Cells
+from kvmbook.search.schedule import Grain
 
 BITS = ("W", "MW", "HW", "A", "D", "tracked", "has A/D")
 
@@ -67,7 +63,7 @@ class BitRule:
         return answer
 
     def after_write_protect(self, fmt: SpteFormat, old: Spte, new: Spte, answer: Truth) -> Truth:
-        """As `kvmbook.kernel.FlushRule` asks."""
+        """As `kvmbook.model.kernel.FlushRule` asks."""
         return self._answer(fmt, old, new)
 
     def after_clear_dirty(self, fmt: SpteFormat, old: Spte, new: Spte, answer: Truth) -> Truth:

@@ -17,13 +17,11 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from kvmbook.cells import Cells, Control
-from kvmbook.explore import Situation, Space
-from kvmbook.hardware import Hardware
-from kvmbook.kernel import Kernel
-from kvmbook.memslots import KVM_MEM_MAX_NR_PAGES
-from kvmbook.schedule import Grain
-from kvmbook.tables import EXIT, PageSteps, Pair, Pairs, UserSteps
+from kvmbook.model import KVM_MEM_MAX_NR_PAGES, Hardware, Kernel
+from kvmbook.search.cells import Cells, Control
+from kvmbook.search.schedule import Grain
+from kvmbook.search.space import Situation, Space
+from kvmbook.search.tables import EXIT, PageSteps, Pair, Pairs, UserSteps
 
 Box = tuple[int, ...]  # for each page a set of pairs
 

@@ -1,7 +1,7 @@
 """A small VM whose next step is always somebody's choice: which steps are possible, and what one of them does.
 
 One slot of a few 4K pages, a few vCPUs, the host, user space. `possible` asks the model which steps could be done now, `act`
-does one. The scheduler panel, the plain search below and the fast one in `kvmbook.explore` all stand on these two.
+does one. The scheduler panel, the plain search below and the fast one in `kvmbook.search` all stand on these two.
 """
 
 from __future__ import annotations
@@ -14,15 +14,19 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
-from kvmbook.access_tracking import ClearFlushYoung, ClearYoung
-from kvmbook.dirty_log import GetDirtyLog
-from kvmbook.faults import PageFault
-from kvmbook.hardware import Hardware
-from kvmbook.kernel import Kernel
-from kvmbook.machine import Event, Operation
-from kvmbook.memslots import MemorySlot
-from kvmbook.spte import PG_LEVEL_4K
-from kvmbook.vm import Vm
+from kvmbook.model import (
+    PG_LEVEL_4K,
+    ClearFlushYoung,
+    ClearYoung,
+    Event,
+    GetDirtyLog,
+    Hardware,
+    Kernel,
+    MemorySlot,
+    Operation,
+    PageFault,
+    Vm,
+)
 
 BASE_GFN = 0x200
 

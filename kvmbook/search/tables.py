@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from kvmbook.cells import BLANK_VIEW, BLANK_WORD, Cells, Control, Step, View, Word
-from kvmbook.kernel import FlushRule
-from kvmbook.schedule import Action, Grain
+from kvmbook.model import FlushRule
+from kvmbook.search.cells import BLANK_VIEW, BLANK_WORD, Cells, Control, Step, View, Word
+from kvmbook.search.schedule import Action, Grain
 
 Page = tuple[int, ...]  # the number of a word, then of one view for each vCPU
 Gates = tuple[tuple[str | None, int] | None, ...]  # for each vCPU the gate of its fault on a page, if there is one

@@ -58,11 +58,6 @@ def svg(width: float, height: float, alt: str, parts: Sequence[str]) -> str:
     return "\n".join([head, f"<title>{escape(alt)}</title>", DARK, *parts, "</svg>"])
 
 
-def listed(names: Sequence[str]) -> str:
-    """Names in words: "a", "a and b", "a, b and c"; "" if there are none."""
-    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
-
-
 class Picture:
     """An SVG string that JupyterLab shows as a picture, and whose ``repr`` is its text alternative."""
 

@@ -1,4 +1,4 @@
-// The view of kvmbook.inspector.SpteInspector. It knows no rule about SPTEs: it looks bits up in the tables that Python made.
+// The view of kvmbook.views.inspector.SpteInspector. It knows no rule about SPTEs: it looks bits up in the tables that Python made.
 
 // ---- looking up (also run by the tests, without a browser) ----
 

@@ -18,11 +18,8 @@ from typing import Any
 import anywidget
 import traitlets
 
-from kvmbook.arrays import ALL_BITS
-from kvmbook.decoding import HELPERS, OPERATIONS, SENTENCES, VERDICTS, Ask, helper_says, operation_does
-from kvmbook.figures import INK, LOOK, LOST
-from kvmbook.scenes import spte_state
-from kvmbook.spte import (
+from kvmbook.model import (
+    ALL_BITS,
     EPT_RWX_MASK,
     PT_PAGE_SIZE_MASK,
     REMOVED_SPTE,
@@ -31,17 +28,26 @@ from kvmbook.spte import (
     SPTE_TDP_AD_MASK,
     SpteFormat,
 )
-from kvmbook.views import script, style
-from kvmbook.word_figures import (
+from kvmbook.scenes import (
     ABOUT_KINDS,
     ADDRESS,
-    KINDS,
+    HELPERS,
     LEAVES,
+    OPERATIONS,
+    SENTENCES,
+    VERDICTS,
+    Says,
     bit_name,
     fields,
     free_bits,
+    helper_says,
     named_words,
+    operation_does,
+    spte_state,
 )
+from kvmbook.views.figures import INK, LOOK, LOST
+from kvmbook.views.scripts import script, style
+from kvmbook.views.word_figures import KINDS
 
 PATTERNS = string.digits + string.ascii_letters  # one letter says which answer a pattern gets
 SAMPLE = 1600  # words that are asked to find the bits that matter
@@ -66,7 +72,7 @@ def _word(bits: Sequence[int], pattern: int) -> int:
     return sum((pattern >> number & 1) << bit for number, bit in enumerate(bits))
 
 
-def decision(fmt: SpteFormat, ask: Ask) -> dict[str, Any]:
+def decision(fmt: SpteFormat, ask: Says) -> dict[str, Any]:
     """An answer as a table: the ``bits`` that it depends on, for each pattern of those one letter in ``at`` (of
     `PATTERNS`), and what the letters say.
 

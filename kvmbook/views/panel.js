@@ -1,4 +1,4 @@
-// The view of kvmbook.panels.Panel: radio groups, a figure, a sentence. It works from the states that the widget carries;
+// The view of kvmbook.views.Panel: radio groups, a figure, a sentence. It works from the states that the widget carries;
 // one that is not there yet is asked of Python by setting `chosen`.
 function render({ model, el }) {
   const settings = model.get("settings");

@@ -1,4 +1,4 @@
-// The view of kvmbook.quiz.Quiz: options, and a button that reveals the answer.
+// The view of kvmbook.views.quiz.Quiz: options, and a button that reveals the answer.
 function render({ model, el }) {
   const answer = model.get("answer"), because = model.get("because");
   let chosen = model.get("predicted");

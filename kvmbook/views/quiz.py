@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import anywidget
 import traitlets
 
-from kvmbook.views import script, style
+from kvmbook.views.scripts import script, style
 
 
 class Quiz(anywidget.AnyWidget):

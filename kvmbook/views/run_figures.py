@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import hypot
 
-from kvmbook.explore import Result
-from kvmbook.figures import INK, LOOK, LOST, Picture, box, svg, text
-from kvmbook.hardware import Hardware
-from kvmbook.kernel import Kernel
-from kvmbook.runs import Graph, Now, Run, RunMoment, graph_of, label, run_of, what_of
-from kvmbook.schedule import Action, Grain
+from kvmbook.model import Hardware, Kernel
+from kvmbook.scenes import Graph, Now, Run, RunMoment, graph_of, label, run_of, what_of
+from kvmbook.search import Action, Grain, Result
+from kvmbook.views.figures import INK, LOOK, LOST, Picture, box, svg, text
 
 LOSS = "✕ lost: nobody will know"
 LINE = 'stroke="currentColor" fill="none"'

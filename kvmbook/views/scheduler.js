@@ -1,4 +1,4 @@
-// The view of kvmbook.scheduler.SchedulerPanel. The widget carries the whole graph of the VM; `path` is the walk so far.
+// The view of kvmbook.views.scheduler.SchedulerPanel. The widget carries the whole graph of the VM; `path` is the walk so far.
 function render({ model, el }) {
   const { actors, sentences, look, ink, lost: orange } = model.get("words");
   const graphs = {};

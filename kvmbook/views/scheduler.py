@@ -1,6 +1,6 @@
 """The panel "You are the scheduler": the reader chooses each step of a tiny VM, and tries to lose a write.
 
-The panel carries the whole graph of the VM for each combination of its settings, found by `kvmbook.runs.graph_of`; so
+The panel carries the whole graph of the VM for each combination of its settings, found by `kvmbook.scenes.graph_of`; so
 it works without a kernel behind it, and it knows from everywhere how far the nearest loss is.
 """
 
@@ -12,12 +12,11 @@ from typing import Any
 
 import traitlets
 
-from kvmbook.figures import INK, LOOK, LOST
-from kvmbook.kernel import FlushPolicy, Kernel
-from kvmbook.panels import Panel, View
-from kvmbook.runs import Graph, Now, graph_of, label, what_of
-from kvmbook.scenes import HARDWARE
-from kvmbook.views import script
+from kvmbook.model import FlushPolicy, Kernel
+from kvmbook.scenes import HARDWARE, Graph, Now, graph_of, label, what_of
+from kvmbook.views.figures import INK, LOOK, LOST
+from kvmbook.views.panel import Panel, View
+from kvmbook.views.scripts import script
 
 SETTINGS = {"A/D bits": list(HARDWARE), "flush when enabling": ["if changed", "always"]}
 ACTORS = ("vCPU0", "KVM for vCPU0", "host", "user space")
@@ -34,7 +33,7 @@ SENTENCES = {
 
 
 def rows_of(now: Now, pml: bool) -> list[tuple[str, str, str, bool]]:
-    """What the panel shows of a state: name, look (a key of `kvmbook.figures.LOOK`, or ""), words, and whether it is stale.
+    """What the panel shows of a state: name, look (a key of `LOOK`, or ""), words, and whether it is stale.
     ``pml``: the CPU has a PML buffer to show."""
     page = now.pages[0]
     tlb = ("stale: " if page.stale[0] else "") + page.tlb[0]

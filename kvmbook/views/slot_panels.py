@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvmbook.figures import INK, LOOK, LOST, Picture, box, listed, svg, text
-from kvmbook.memslots import PAGE_SIZE, Change, MemorySlot
-from kvmbook.panels import Panel, View, counted
-from kvmbook.slot_scenes import (
+from kvmbook.model import PAGE_SIZE, Change, MemorySlot
+from kvmbook.scenes import (
     FLAGS,
     PLACES,
     PROTOCOLS,
@@ -22,7 +20,10 @@ from kvmbook.slot_scenes import (
     Row,
     ask_panel,
     harvest,
+    listed,
 )
+from kvmbook.views.figures import INK, LOOK, LOST, Picture, box, svg, text
+from kvmbook.views.panel import Panel, View, counted
 
 # ---- which errno? ----------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ import pytest
 from repo2docker.app import Repo2Docker
 from repo2docker.buildpacks.conda import CondaBuildPack
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parent.parent.parent
 
 
 @pytest.fixture

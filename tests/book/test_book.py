@@ -10,10 +10,10 @@ import xml.etree.ElementTree as ET
 
 import nbformat
 import pytest
+from live_panels import by_title, quizzes
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from kvmbook.inspector import SpteInspector
-from tests.live_panels import by_title, quizzes
+from kvmbook.views import SpteInspector
 from tools import book, checks, pdf, store_outputs, vendor
 from tools.browser import open_drawn
 

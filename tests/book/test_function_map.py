@@ -50,7 +50,7 @@ def test_every_name_of_the_patch_is_in_the_map(found):
 
 
 def test_the_flush_is_found_where_the_patch_put_it_and_where_it_was(found):
-    here = {(row.name, row.release): row.model for row in found if row.module == "kvmbook.memory_regions"}
+    here = {(row.name, row.release): row.model for row in found if row.module == "kvmbook.model.memory_regions"}
     assert here["kvm_mmu_slot_apply_flags()", "v6.0"] == "SetUserMemoryRegion.flush_always"
     assert here["kvm_mmu_slot_leaf_clear_dirty()", "v5.19"] == "SetUserMemoryRegion.flush_if_owed"
 

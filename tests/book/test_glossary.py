@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parent.parent.parent
 GLOSSARY = ROOT / "book/glossary.md"
 PAGES = [path for path in sorted((ROOT / "book").glob("*.md")) if path != GLOSSARY]
 CHAPTERS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))

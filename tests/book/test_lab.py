@@ -10,12 +10,10 @@ import xml.etree.ElementTree as ET
 
 import pytest
 from conftest import Visit
+from live_panels import by_title
 from playwright.sync_api import expect
 
-from kvmbook.inspector import SpteInspector, spte_inspector
-from kvmbook.panels import Panel
-from kvmbook.scheduler import SchedulerPanel
-from tests.live_panels import by_title
+from kvmbook.views import Panel, SchedulerPanel, SpteInspector, spte_inspector
 from tools.lab import PATIENCE, ROOT, errors_in, jupyter_lab, said_by
 
 NOTEBOOKS = [f"notebooks/{path.name}" for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
@@ -28,8 +26,7 @@ TABS = 40  # at most so many to the first panel
 ON_RADIO = 'document.activeElement.matches(".kvmbook-panel input[type=radio]")'
 SELECTED = '[...document.querySelectorAll(".jp-Cell")].findIndex((cell) => cell.classList.contains("jp-mod-active"))'
 # A panel that carries nothing, as chapters have none.
-ASKING = """from kvmbook.figures import Picture
-from kvmbook.panels import Panel, View
+ASKING = """from kvmbook.views import Picture
 view = lambda number: View(Picture("<svg><title>a number</title></svg>", ""), f"{int(number) ** 2} is the square.")
 Panel("squares", {"number": ["1", "2", "3"]}, view, carry=False)"""
 

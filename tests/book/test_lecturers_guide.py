@@ -6,18 +6,22 @@ import re
 import pytest
 
 from kvmbook import Hardware, Kernel, Vm
+from kvmbook.exercises import aged
 from kvmbook.exercises.ch02 import calls_02_1
 from kvmbook.exercises.ch03 import check_03_1, found_word, history
-from kvmbook.exercises.vms import aged
-from kvmbook.faults import Outcome
-from kvmbook.inspector import spte_inspector
-from kvmbook.kernel import FlushPolicy
-from kvmbook.panels import lose_a_write, who_flushes_where, write_the_rule
+from kvmbook.model import FlushPolicy, Outcome
 from kvmbook.scenes import BASE_GFN, missed_against_aged, missed_per_harvest
-from kvmbook.scheduler import you_are_the_scheduler
-from kvmbook.slot_panels import which_errno, word_by_word
+from kvmbook.views import (
+    lose_a_write,
+    spte_inspector,
+    which_errno,
+    who_flushes_where,
+    word_by_word,
+    write_the_rule,
+    you_are_the_scheduler,
+)
 
-PAGE = pathlib.Path(__file__).parent.parent / "book/lecturers-guide.md"
+PAGE = pathlib.Path(__file__).parent.parent.parent / "book/lecturers-guide.md"
 WORDS = " ".join(PAGE.read_text().split())
 LEAF = "flush_for_a_leaf_that_is_"
 AGAIN = "page_1_is_written_again_"

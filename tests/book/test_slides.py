@@ -11,11 +11,10 @@ from itertools import product
 import nbformat
 import pytest
 
-from kvmbook import inspector
-from kvmbook.panels import lose_a_write
+from kvmbook.views import lose_a_write, spte_inspector
 from tools import slides
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parent.parent.parent
 CHAPTERS = sorted(path for path in (ROOT / "notebooks").glob("[0-9][0-9]-*.ipynb"))
 DECKS = [slides.DECKS / f"{path.stem[:2]}.md" for path in CHAPTERS]
 by_deck = pytest.mark.parametrize("deck", DECKS, ids=lambda deck: deck.stem)
@@ -335,7 +334,7 @@ def test_a_question_is_answered_by_keyboard_and_a_remote_control_goes_on(show):
 
 
 def test_the_scheduler_is_played_to_the_loss_by_mouse(show):
-    from kvmbook.scheduler import you_are_the_scheduler
+    from kvmbook.views import you_are_the_scheduler
 
     live = you_are_the_scheduler()
     live.play()
@@ -350,7 +349,7 @@ def test_the_scheduler_is_played_to_the_loss_by_mouse(show):
 
 
 def test_the_inspector_answers_as_python_does(show):
-    page, live = show(slides.DECKS / "03.md").page, inspector.spte_inspector(0x0610000004567875)
+    page, live = show(slides.DECKS / "03.md").page, spte_inspector(0x0610000004567875)
     go_to(page, ".kvmbook-inspector")
     assert readout(page) == live.readout
     page.locator("section.present").get_by_role("button", name="fresh, writable", exact=True).click()

@@ -9,9 +9,7 @@ import pytest
 from kvmbook import FlushPolicy, Hardware, Kernel
 from kvmbook import exercises as mechanism
 from kvmbook.exercises import Answer, checker, question
-from kvmbook.explore import explore
-from kvmbook.flush_rules import BitRule, leaves_met
-from kvmbook.schedule import Grain
+from kvmbook.search import BitRule, Grain, explore, leaves_met
 
 NO_AD = Hardware.ept(ad_bits=False)
 CHAPTERS = sorted(path.stem[2:] for path in pathlib.Path(mechanism.__file__).parent.glob("ch*.py"))

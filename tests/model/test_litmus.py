@@ -9,10 +9,7 @@ import pytest
 from conftest import BASE, HARDWARE, log, make_vm, missed, reported
 
 from kvmbook import FlushPolicy, Hardware, Kernel, Outcome, Vm
-from kvmbook.dirty_log import GetDirtyLog
-from kvmbook.invariants import check
-from kvmbook.memory_regions import SetUserMemoryRegion
-from kvmbook.memslots import MemoryRegion
+from kvmbook.model import GetDirtyLog, MemoryRegion, SetUserMemoryRegion, check
 
 NO_AD = HARDWARE["ept_no_ad"]
 PML = HARDWARE["pml"]

@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmbook import Kernel, Vm
-from kvmbook.host import USER_BASE
-from kvmbook.memslots import bit_offsets, to_bits, to_words
+from kvmbook.model import USER_BASE, bit_offsets, to_bits, to_words
 
 PAGE = 4096
 HVA = USER_BASE + BASE * PAGE

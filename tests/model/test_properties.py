@@ -21,14 +21,20 @@ from hypothesis.stateful import (
 )
 
 from kvmbook import FlushPolicy, Kernel, Vm
-from kvmbook.access_tracking import ClearFlushYoung, ClearYoung, InvalidateRange
-from kvmbook.dirty_log import ClearDirtyLog, GetDirtyLog, ResetDirtyRings
-from kvmbook.faults import PageFault
-from kvmbook.host import USER_BASE
-from kvmbook.invariants import check
-from kvmbook.memory_regions import SetUserMemoryRegion
-from kvmbook.memslots import MemoryRegion
-from kvmbook.wrprot import TrackGuestPageTable
+from kvmbook.model import (
+    USER_BASE,
+    ClearDirtyLog,
+    ClearFlushYoung,
+    ClearYoung,
+    GetDirtyLog,
+    InvalidateRange,
+    MemoryRegion,
+    PageFault,
+    ResetDirtyRings,
+    SetUserMemoryRegion,
+    TrackGuestPageTable,
+    check,
+)
 
 VCPUS = 2
 PAGES = 1024 + 64 + 5

@@ -5,10 +5,7 @@ import pytest
 from conftest import BASE, HARDWARE, log, make_vm, missed, reported
 
 from kvmbook import Kernel, Outcome, Vm
-from kvmbook.access_tracking import ClearYoung, InvalidateRange
-from kvmbook.dirty_log import GetDirtyLog, ResetDirtyRings
-from kvmbook.invariants import check
-from kvmbook.wrprot import TrackGuestPageTable
+from kvmbook.model import ClearYoung, GetDirtyLog, InvalidateRange, ResetDirtyRings, TrackGuestPageTable, check
 
 
 def until(vm, operation, name):

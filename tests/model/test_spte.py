@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvmbook import SpteFormat
-from kvmbook.arrays import BLOCK
-from kvmbook.spte import (
+from kvmbook.model import (
+    BLOCK,
     REMOVED_SPTE,
     SHADOW_ACC_TRACK_SAVED_MASK,
     SPTE_TDP_AD_DISABLED_MASK,

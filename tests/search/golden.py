@@ -9,10 +9,7 @@ import pathlib
 from conftest import HARDWARE
 
 from kvmbook import FlushPolicy, Kernel
-from kvmbook.cells import Cells
-from kvmbook.explore import Search, Space
-from kvmbook.schedule import Grain
-from kvmbook.tables import PageSteps, Pairs
+from kvmbook.search import Cells, Grain, PageSteps, Pairs, Search, Space
 
 FILE = pathlib.Path(__file__).with_name("golden.txt")
 KINDS = ["ept_no_ad", "ept_ad", "pml", "npt", "shadow"]

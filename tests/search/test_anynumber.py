@@ -5,13 +5,26 @@ import pytest
 from conftest import HARDWARE
 
 from kvmbook import FlushPolicy, Kernel
-from kvmbook.anynumber import AnyNumber, Verdict, any_number
-from kvmbook.cells import BLANK_VIEW, Cells
-from kvmbook.explore import explore, space_of
-from kvmbook.flush_rules import BITS, BitRule, all_rules, as_bits, cost, least, leaves_met, sound_rules
-from kvmbook.products import pages_seen
-from kvmbook.schedule import Grain
-from kvmbook.spte import SPTE_TDP_AD_DISABLED_MASK
+from kvmbook.model import SPTE_TDP_AD_DISABLED_MASK
+from kvmbook.search import (
+    BITS,
+    BLANK_VIEW,
+    AnyNumber,
+    BitRule,
+    Cells,
+    Grain,
+    Verdict,
+    all_rules,
+    any_number,
+    as_bits,
+    cost,
+    explore,
+    least,
+    leaves_met,
+    pages_seen,
+    sound_rules,
+    space_of,
+)
 
 NO_AD, A_D, PML = "EPT without A/D", "A/D, logging by W", "EPT A/D with PML, TDP MMU"
 LOSES = {NO_AD: {"NEVER", "IF_CHANGED"}, A_D: {"NEVER"}, PML: {"NEVER", "IF_CHANGED", "IF_MMU_WRITABLE"}}

@@ -8,14 +8,29 @@ import pytest
 from conftest import HARDWARE
 
 from kvmbook import FlushPolicy, Kernel
-from kvmbook.anynumber import AnyNumber, any_number
-from kvmbook.cells import Cells, control_of, view_of, word_of
-from kvmbook.explore import Search, explore, space_of
-from kvmbook.flush_rules import BitRule, leaves_met
-from kvmbook.invariants import check
-from kvmbook.products import count_any_size, count_states
-from kvmbook.schedule import Grain, act, plain_search, possible, smallest_vm
-from kvmbook.tables import PageSteps, Pairs
+from kvmbook.model import check
+from kvmbook.search import (
+    AnyNumber,
+    BitRule,
+    Cells,
+    Grain,
+    PageSteps,
+    Pairs,
+    Search,
+    act,
+    any_number,
+    control_of,
+    count_any_size,
+    count_states,
+    explore,
+    leaves_met,
+    plain_search,
+    possible,
+    smallest_vm,
+    space_of,
+    view_of,
+    word_of,
+)
 
 KINDS = ["ept_no_ad", "ept_no_ad_legacy", "ept_ad", "pml", "pml_legacy", "npt", "npt_legacy", "shadow"]
 LITTLE = ("forgets", "ages and flushes", "disables", "exits")  # what the largest comparison leaves out, for time
@@ -218,7 +233,7 @@ def test_a_search_that_cannot_fit_says_so_before_it_begins():
     said = []
     with pytest.raises(ValueError, match=r"make up to [\d,]{14,} states, .* GiB .*; 3 page\(s\) fit") as refusal:
         explore(HARDWARE["ept_no_ad"], Kernel.v5_19, 4, 2, Grain.FAULT, progress=lambda *seen: said.append(seen))
-    assert "kvmbook.products" in str(refusal.value) and not said
+    assert "kvmbook.search.count_states" in str(refusal.value) and not said
 
 
 def test_tables_that_would_take_forever_are_refused_before_they_are_begun(monkeypatch):

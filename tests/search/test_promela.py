@@ -6,9 +6,8 @@ import pytest
 
 from benchmarks.promela import Verifier, missing
 from kvmbook import Hardware, Kernel
-from kvmbook.explore import Search, space_of
-from kvmbook.kernel import FlushPolicy
-from kvmbook.schedule import Grain
+from kvmbook.model import FlushPolicy
+from kvmbook.search import Grain, Search, space_of
 from tools.debian import program
 
 NEVER = Kernel.v5_19.with_(flush=FlushPolicy.NEVER)

@@ -2,10 +2,9 @@
 
 import pytest
 
-from kvmbook import FlushPolicy, Hardware, Kernel, figures, scenes
-from kvmbook.explore import explore
-from kvmbook.panels import Panel, View, lose_a_write, search_progress, who_flushes_where
-from kvmbook.schedule import Grain
+from kvmbook import FlushPolicy, Hardware, Kernel, scenes
+from kvmbook.search import Grain, explore
+from kvmbook.views import Panel, View, figures, lose_a_write, search_progress, who_flushes_where
 
 NO_AD = Hardware.ept(ad_bits=False)
 
@@ -43,7 +42,7 @@ def test_the_plotted_counts_are_the_models():
 
 def test_a_long_search_shows_its_progress_and_leaves_nothing_behind(monkeypatch):
     shown = []
-    monkeypatch.setattr("kvmbook.panels.display", shown.append)
+    monkeypatch.setattr("kvmbook.views.panel.display", shown.append)
     with pytest.raises(KeyboardInterrupt), search_progress() as progress:
         explore(NO_AD, Kernel.v5_19, 2, 1, Grain.ACCESS, progress=progress)
         (line,) = shown

@@ -7,13 +7,10 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from kvmbook.explore import explore
-from kvmbook.kernel import FlushPolicy, Kernel
-from kvmbook.run_figures import LOSS, page_graph_picture, trace_picture
-from kvmbook.runs import graph_of, label, now_of, retell, run_of, what_of
-from kvmbook.scenes import HARDWARE
-from kvmbook.schedule import Grain, act, possible, smallest_vm
-from kvmbook.scheduler import rows_of, you_are_the_scheduler
+from kvmbook.model import FlushPolicy, Kernel
+from kvmbook.scenes import HARDWARE, graph_of, label, now_of, retell, run_of, what_of
+from kvmbook.search import Grain, act, explore, possible, smallest_vm
+from kvmbook.views import LOSS, page_graph_picture, rows_of, trace_picture, you_are_the_scheduler
 
 KERNELS = {policy.value: Kernel.v5_19.with_(flush=policy) for policy in (FlushPolicy.IF_CHANGED, FlushPolicy.ALWAYS)}
 EACH = [(ad_bits, flush) for ad_bits in HARDWARE for flush in KERNELS]

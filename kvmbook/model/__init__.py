@@ -1,0 +1,49 @@
+"""What KVM and the CPU do: an executable model, in the kernel's own names. It knows nobody else in this package.
+
+Read it from the ground up: one word (`arrays`, `spte`); memory (`tlb`, `memslots`, `page_tables`, `host`); the machine
+(`hardware`, `kernel`, `machine`); what happens (`access_tracking`, `huge_pages`, `wrprot`, `faults`, `memory_regions`,
+`dirty_log`); and the front door (`vm`, `invariants`). For readers of the kernel; the other wings take what stands below.
+"""
+
+from kvmbook.model.access_tracking import ClearFlushYoung, ClearYoung, InvalidateRange
+from kvmbook.model.arrays import ALL_BITS, BLOCK, SPTE_BASE_ADDR_MASK, Spte, Truth
+from kvmbook.model.dirty_log import ClearDirtyLog, GetDirtyLog, ResetDirtyRings
+from kvmbook.model.faults import ACCESSES, Outcome, PageFault
+from kvmbook.model.hardware import Hardware
+from kvmbook.model.host import USER_BASE
+from kvmbook.model.invariants import check, saved_bits, writable_chain
+from kvmbook.model.kernel import FlushPolicy, FlushRule, Kernel
+from kvmbook.model.machine import Event, Machine, Operation, VcpuState, step
+from kvmbook.model.memory_regions import SetUserMemoryRegion, kvm_mmu_slot_apply_flags
+from kvmbook.model.memslots import (
+    KVM_MEM_LOG_DIRTY_PAGES,
+    KVM_MEM_MAX_NR_PAGES,
+    KVM_MEM_READONLY,
+    PAGE_SIZE,
+    Change,
+    MemoryRegion,
+    MemorySlot,
+    bit_offsets,
+    to_bits,
+    to_words,
+)
+from kvmbook.model.spte import (
+    EPT_RWX_MASK,
+    PAGE_SHIFT,
+    PG_LEVEL_4K,
+    PT_PAGE_SIZE_MASK,
+    PT_WRITABLE_MASK,
+    READ_MASK,
+    REMOVED_SPTE,
+    SHADOW_ACC_TRACK_SAVED_BITS_SHIFT,
+    SHADOW_ACC_TRACK_SAVED_MASK,
+    SPTE_MMU_PRESENT_MASK,
+    SPTE_TDP_AD_DISABLED_MASK,
+    SPTE_TDP_AD_ENABLED_MASK,
+    SPTE_TDP_AD_MASK,
+    SPTE_TDP_AD_WRPROT_ONLY_MASK,
+    SpteFormat,
+)
+from kvmbook.model.tlb import TlbEntry
+from kvmbook.model.vm import Vcpu, Vm
+from kvmbook.model.wrprot import TrackGuestPageTable

@@ -1,0 +1,26 @@
+"""What is shown: pictures, panels, the SPTE inspector, the scheduler, quizzes, and their JavaScript.
+
+The only wing that imports matplotlib or a widget library. `figures`, `word_figures`, `run_figures` draw; `panel` is the
+mechanism of all panels; each panel has a room. For notebooks and exercises.
+"""
+
+from kvmbook.views.enabling_panels import lose_a_write, who_flushes_where
+from kvmbook.views.figures import Picture, plot_missed, plot_rules, timeline_picture
+from kvmbook.views.inspector import (
+    PATTERNS,
+    SPECIAL,
+    SpteInspector,
+    decode,
+    last_sentence,
+    looks_at,
+    parse,
+    spte_inspector,
+)
+from kvmbook.views.panel import Panel, View, search_progress
+from kvmbook.views.quiz import Quiz
+from kvmbook.views.rules_panel import write_the_rule
+from kvmbook.views.run_figures import LOSS, page_graph_picture, trace_picture
+from kvmbook.views.scheduler import SchedulerPanel, rows_of, you_are_the_scheduler
+from kvmbook.views.scripts import script
+from kvmbook.views.slot_panels import which_errno, word_by_word
+from kvmbook.views.word_figures import formats_picture, words_picture
