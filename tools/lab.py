@@ -1,4 +1,4 @@
-"""JupyterLab as a reader meets it: started on a copy of the book, driven in a browser. For tests and the benchmark of panels.
+"""JupyterLab as a reader meets it, on a copy of the book, driven in a browser. For tests and the benchmark of panels.
 
 Nothing is kept: configuration, workspaces, settings, signatures and histories live in the folder that the caller gives.
 """
@@ -9,10 +9,8 @@ import json
 import os
 import pathlib
 import secrets
-import shutil
 import socket
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -23,7 +21,8 @@ import nbformat
 from nbformat.v4 import new_code_cell, new_notebook
 from playwright.sync_api import Locator, Page
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+from tools.reading import deliver, folders, server, trust
+
 PATIENCE = 60  # seconds, for whatever a loaded machine may do slowly
 RUN = 180  # seconds, for a chapter
 # Cells off screen are there too, and JupyterLab asks nobody for news.
@@ -108,24 +107,22 @@ def jupyter_lab(folder: pathlib.Path) -> Iterator[Lab]:
     ``folder`` is empty. RuntimeError with the server's last words if it does not start.
     """
     book, own = folder / "copy", environment(folder / "jupyter")
-    for part in ("notebooks", "book"):
-        shutil.copytree(ROOT / part, book / part, ignore=shutil.ignore_patterns(".*"))
-    trust(sorted(book.rglob("*.ipynb")), own)
+    deliver(book)
+    trust(sorted(book.rglob("*.ipynb")), own["JUPYTER_DATA_DIR"])
     token, port = secrets.token_hex(8), free_port()
     said = folder / "server.log"
-    command = [program("jupyter-lab"), "--no-browser", *["--allow-root"] * (os.geteuid() == 0)]
-    command += ["--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0", f"--ServerApp.root_dir={book}"]
+    command = [*server(book), "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0"]
     command += [f"--IdentityProvider.token={token}", "--LabApp.default_url=/lab", "--LabApp.news_url=None"]
     command += ["--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
     command += ["--LabApp.expose_app_in_browser=True"]  # as `jupyterapp`
     with said.open("w") as log:
-        server = subprocess.Popen(command, env=own, cwd=book, stdout=log, stderr=subprocess.STDOUT)
+        running = subprocess.Popen(command, env=own, cwd=book, stdout=log, stderr=subprocess.STDOUT)
         lab = Lab(f"http://127.0.0.1:{port}/", token, book)
         try:
-            wait_until_up(lab, server, said)
+            wait_until_up(lab, running, said)
             yield lab
         finally:
-            stop(server)
+            stop(running)
 
 
 def environment(own: pathlib.Path) -> dict[str, str]:
@@ -134,21 +131,8 @@ def environment(own: pathlib.Path) -> dict[str, str]:
         path = own / "settings/@jupyterlab" / f"{name}.jupyterlab-settings"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(settings))
-    places = {"CONFIG_DIR": "config", "DATA_DIR": "share", "RUNTIME_DIR": "runtime"}
-    folders = {f"JUPYTER_{name}": str(own / place) for name, place in places.items()}
-    folders |= {"JUPYTERLAB_WORKSPACES_DIR": str(own / "workspaces"), "JUPYTERLAB_SETTINGS_DIR": str(own / "settings")}
-    path = f"{pathlib.Path(sys.prefix, 'bin')}{os.pathsep}{os.environ['PATH']}"
-    return {**os.environ, **folders, "IPYTHONDIR": str(own / "ipython"), "PATH": path}
-
-
-def trust(notebooks: list[pathlib.Path], own: dict[str, str]) -> None:
-    """What `make lab` does first: a trusted notebook shows its panels before anything is run."""
-    subprocess.run([program("jupyter-trust"), *map(str, notebooks)], env=own, check=True, capture_output=True)
-
-
-def program(name: str) -> str:
-    """A program of the Python that runs this."""
-    return str(pathlib.Path(sys.prefix, "bin", name))
+    more = {f"JUPYTERLAB_{name.upper()}_DIR": str(own / name) for name in ("workspaces", "settings")}
+    return {**os.environ, **folders(own), **more}
 
 
 def free_port() -> int:

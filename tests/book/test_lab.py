@@ -14,7 +14,8 @@ from live_panels import by_title
 from playwright.sync_api import expect
 
 from kvmbook.views import Panel, SchedulerPanel, SpteInspector, spte_inspector
-from tools.lab import PATIENCE, ROOT, errors_in, jupyter_lab, said_by
+from tools.lab import PATIENCE, errors_in, jupyter_lab, said_by
+from tools.reading import ROOT
 
 NOTEBOOKS = [f"notebooks/{path.name}" for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
 FIRST = NOTEBOOKS[0]
