@@ -1,44 +1,48 @@
 # `make lab` opens the book, `make test` runs every test, `make book` builds its pages. Each installs what it needs into .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
-FIRST := notebooks/01-a-write-that-nobody-saw.ipynb
 
-.PHONY: lab test book slides pdf run benchmark clean
+.PHONY: lab edit test book slides pdf run benchmark clean install-lab install-book install-test
 
-# Trusted notebooks show their panels at once; others only after they are run.
-lab: .venv/installed
-	$(BIN)/jupyter trust notebooks/*.ipynb
-	$(BIN)/python tools/function_map.py book/function-map.md
-	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --LabApp.default_url=/lab/tree/$(FIRST)
+# A reader's own copy of the book, in reading/; `make edit` opens the sources.
+lab: install-lab
+	@$(BIN)/python tools/reading.py
 
-test: .venv/installed
+edit: install-lab
+	@$(BIN)/python tools/reading.py --sources
+
+test: install-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The pages, for a web server or a disk: build/book/_build/html. Unchanged chapters are not run again.
-book: .venv/installed
+book: install-book
 	$(BIN)/python tools/book.py build/book
 
 # A deck for each chapter: build/slides.
-slides: .venv/installed
+slides: install-book
 	$(BIN)/python tools/slides.py build/slides
 
-# The whole book for a printer; needs chromium.
-pdf: book
+# The whole book for a printer; needs chromium, and says so before it builds.
+pdf: install-book
+	@$(BIN)/python tools/browser.py
+	$(BIN)/python tools/book.py build/book
 	$(BIN)/python tools/pdf.py build/book/_build/html build/kvmbook.pdf
 
 # Run every chapter and store its outputs: after a change to the model or to a chapter.
-run: .venv/installed
+run: install-book
 	$(BIN)/python tools/store_outputs.py notebooks/*.ipynb
 
-benchmark: .venv/installed
+benchmark: install-test
 	$(BIN)/python -m benchmarks
 
-.venv/installed: pyproject.toml tools/overrides.json
-	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "kvmbook needs Python 3.11 or newer"'
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
-	mkdir -p .venv/share/jupyter/lab/settings && cp tools/overrides.json .venv/share/jupyter/lab/settings/
-	touch $@
+# tools/install.py looks each time, which takes a moment; .venv's own Python runs it once that works.
+TOO_OLD := import sys; v = sys.version_info; sys.exit(v < (3, 11) and "kvmbook needs Python 3.11 or newer, \
+$(PYTHON) is %d.%d; name another: PYTHON=python3.12 make $(MAKECMDGOALS)" % v[:2])
+NOT_THERE := there is no program $(PYTHON); install Python 3.11 or newer, or name yours: PYTHON=python3.12 make $(MAKECMDGOALS)
+install-lab install-book install-test: install-%:
+	@python='$(BIN)/python'; $$python -c 'import pip, tomllib' 2>/dev/null || python='$(PYTHON)'; \
+	command -v "$$python" >/dev/null || { echo '$(NOT_THERE)' >&2; exit 1; }; \
+	"$$python" -c '$(TOO_OLD)' && "$$python" tools/install.py $*
 
 clean:
 	rm -rf .venv build *.egg-info
