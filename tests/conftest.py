@@ -5,7 +5,8 @@ import os
 import pytest
 
 from kvmbook import Hardware, Kernel, Vm
-from tools.browser import chromium_path, launch_options
+from tools.browser import launch_options
+from tools.debian import Missing
 
 HARDWARE = {
     "ept_no_ad": Hardware.ept(ad_bits=False),
@@ -48,12 +49,36 @@ def reported(vm, slot=0):
     return [base + int(page) for page in vm.get_dirty_log(slot).nonzero()[0]]
 
 
+IN_CI = os.environ.get("CI") == "true"
+
+
+def pytest_configure(config):
+    """In CI nothing is skipped: chromium is there before the first test, or there is one sentence and no test."""
+    if IN_CI and not hasattr(config, "workerinput"):
+        try:
+            launch_options()
+        except Missing as missing:
+            pytest.exit(str(missing), returncode=1)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """A program that is missing is a sentence, not a traceback."""
+    report = yield
+    if call.excinfo is not None and isinstance(call.excinfo.value, Missing):
+        report.longrepr = str(call.excinfo.value)
+    return report
+
+
 @pytest.fixture(scope="session")
 def browser_type_launch_args():
     """Debian's chromium for pytest-playwright (CI installs it if it is missing); skipped where there is none."""
-    if chromium_path() is None and os.environ.get("CI") != "true":
-        pytest.skip("chromium is missing; on Debian: apt-get install chromium")
-    return launch_options()
+    try:
+        return launch_options()
+    except Missing as missing:
+        if IN_CI:
+            raise
+        pytest.skip(str(missing))
 
 
 class Visit:

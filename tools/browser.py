@@ -1,14 +1,22 @@
-"""Debian's chromium, driven by Playwright: for the PDF, the tests and the benchmark of the pages."""
+"""Debian's chromium, driven by Playwright: for the PDF, the tests and the benchmark of the pages.
+
+Usage: browser.py   Says nothing if there is one, and otherwise what to do.
+"""
 
 from __future__ import annotations
 
+import pathlib
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from tools.debian import program
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tools.debian import Missing, program  # noqa: E402
 
 # It asks nobody for updates, so that every request it makes is a page's own.
 QUIET = [
@@ -26,10 +34,10 @@ def chromium_path() -> str | None:
 
 
 def launch_options() -> dict[str, Any]:
-    """What Playwright's ``launch`` needs for it. RuntimeError if it is missing."""
+    """What Playwright's ``launch`` needs for it. Missing, a sentence, if there is none."""
     path = chromium_path()
     if path is None:
-        raise RuntimeError("chromium is missing; on Debian: apt-get install chromium")
+        raise Missing("chromium is missing; on Debian: apt-get install chromium")
     return {"executable_path": path, "args": ["--no-sandbox", "--disable-gpu", *QUIET]}
 
 
@@ -42,10 +50,14 @@ def open_drawn(page: Page, address: str) -> None:
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
-    """A headless browser. RuntimeError if there is none."""
+    """A headless browser. Missing, a sentence, if there is none."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(**launch_options())
         try:
             yield browser
         finally:
             browser.close()
+
+
+if __name__ == "__main__":
+    launch_options()
