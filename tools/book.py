@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import html
 import pathlib
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -51,7 +53,7 @@ def stage(root: pathlib.Path, source: pathlib.Path, stored: bool) -> None:
         if isinstance(ran, pathlib.Path):
             notebook = nbformat.read(ran, as_version=4)
             found += [f"{path.relative_to(root)}: {problem}" for problem in checks.problems(notebook)]
-            write(source / "notebooks" / path.name, nbformat.writes(with_inline_pictures(notebook)).encode())
+            write(source / "notebooks" / path.name, nbformat.writes(for_the_page(notebook)).encode())
     if found:
         raise SystemExit("\n".join(found))
 
@@ -89,14 +91,33 @@ def run(path: pathlib.Path) -> pathlib.Path:
     return executed
 
 
-def with_inline_pictures(notebook: Any) -> Any:
-    """Our SVG pictures become part of the page, so that they take its colours, light or dark."""
+def for_the_page(notebook: Any) -> Any:
+    """Our SVG pictures become part of the page, so that they take its colours, light or dark. The words of widgets, which
+    are data there, are put beside them, hidden: Sphinx's search reads them, and nobody sees or hears them twice."""
+    states = notebook.metadata.get("widgets", {}).get(checks.WIDGET_STATE, {}).get("state", {})
     for cell in notebook.cells:
-        for output in cell.get("outputs", []):
+        for output in list(cell.get("outputs", [])):
             if drawn := output.get("data", {}).pop("image/svg+xml", ""):
                 one_line = drawn.replace("\n", "")
                 output.data["text/html"] = f'<div class="kvmbook-picture">{one_line}</div>'
+            elif view := output.get("data", {}).get(checks.WIDGET_VIEW):
+                words = html.escape("\n".join(words_of(states.get(view["model_id"], {}).get("state", {}))), quote=False)
+                hidden = {"text/html": f'<div class="kvmbook-words" hidden>{words}</div>'}
+                cell.outputs.append(nbformat.v4.new_output("display_data", hidden))
     return notebook
+
+
+def words_of(model: dict[str, Any]) -> Iterator[str]:
+    """What a search should find of a question, with its answer, and of a panel as it is when the page is opened."""
+    if "because" in model:
+        yield from (model["asked"], *model["options"], model["because"])
+        return
+    yield model.get("title", "")
+    settings = model.get("settings", [])
+    for setting in settings:
+        yield from (setting["name"], *setting["options"])
+    first = " | ".join(setting["options"][0] for setting in settings)
+    yield model.get("states", {}).get(first, {}).get("readout", "")
 
 
 # ---- pages -----------------------------------------------------------------------------------------------------------

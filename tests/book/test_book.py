@@ -10,6 +10,7 @@ import xml.etree.ElementTree as ET
 
 import nbformat
 import pytest
+from bs4 import BeautifulSoup
 from live_panels import by_title, quizzes
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
@@ -236,6 +237,38 @@ def test_search_finds_a_word_of_a_chapter(visit, pages, served, home):
     seen.page.wait_for_selector("#search-results li a")
     assert "A write that nobody saw" in seen.page.locator("#search-results").inner_text()
     seen.clean()
+
+
+@pytest.mark.parametrize("kind", ["question", "panel"])
+def test_search_finds_a_word_that_only_a_widget_says_and_it_is_not_shown_twice(visit, pages, kind):
+    file, word = next(said_only_by(pages, kind))
+    seen = visit(f"{pages.as_uri()}/")
+    page = seen.page
+    page.goto(f"{pages.as_uri()}/search.html?q={word}")
+    page.wait_for_selector("#search-results li a")
+    page.locator(f"#search-results a[href*='{file}']").first.click()
+    page.wait_for_url(f"**/{file}.html*")
+    hidden = page.locator(".kvmbook-words")
+    assert hidden.count() == page.locator(WIDGET_VIEWS).count()
+    assert hidden.evaluate_all("all => all.map((words) => words.parentElement.getBoundingClientRect().height)") == [
+        0 for _ in range(hidden.count())
+    ]
+    seen.clean()
+
+
+WIDGET_VIEWS = f'script[type="{checks.WIDGET_VIEW}"]'
+
+
+def said_only_by(pages, kind):
+    """(page, word): words of questions, or of panels, that begin like nothing in the text of their page."""
+    for file in CHAPTERS:
+        article = BeautifulSoup((pages / f"{file}.html").read_text(), "html.parser").article
+        for hidden in article.find_all(class_="kvmbook-words"):
+            hidden.decompose()
+        for state in widgets_in(pages, file):
+            if "_esm" in state and ("because" in state) == (kind == "question"):
+                words = re.findall(r"\b[a-z]{5,}\b", " ".join(book.words_of(state)).lower())
+                yield from ((file, word) for word in words if word[:5] not in article.get_text().lower())
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
