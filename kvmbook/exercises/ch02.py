@@ -191,7 +191,11 @@ class BusyVm(Vm):
     """A VM whose guest goes on writing while user space talks to KVM, and whose every page has a version: ``here`` the
     guest's, ``there`` the one that was sent last. ``longest``: the most pages that one CLEAR spoke of. ``named``: the pages
     that a report has named since they were sent last; ``unasked``: how many were sent without. ``turns``: how often the
-    guest goes on before it rests, so that a loop which waits for an empty report ends."""
+    guest goes on before it rests, so that a loop which waits for an empty report ends.
+
+    For the hints: ``news``, the pages that a report has named since a CLEAR took their bits last; ``blind``, those whose
+    bits a CLEAR took last without a report having named them; ``cleared`` and ``copied``, when each page was last, counted
+    in calls."""
 
     def __init__(self) -> None:
         super().__init__(Hardware.ept(ad_bits=False), Kernel.v6_0)
@@ -200,6 +204,8 @@ class BusyVm(Vm):
         self.here, self.there = [0] * SLOT_PAGES, [0] * SLOT_PAGES
         self.draw, self.turns, self.longest, self.sent = random.Random(2), 0, 0, 0
         self.named, self.unasked = set[int](), 0
+        self.news, self.blind = set[int](), set[int]()
+        self.calls, self.cleared, self.copied = 0, [0] * SLOT_PAGES, [0] * SLOT_PAGES
 
     def guest_writes(self, pages: Sequence[int]) -> None:
         for page in pages:
@@ -217,12 +223,20 @@ class BusyVm(Vm):
     def get_dirty_log(self, slot: int = 0) -> np.ndarray:
         report = super().get_dirty_log(slot)
         self.guest_goes_on()
-        self.named |= set(np.flatnonzero(report).tolist())
+        reported = set(np.flatnonzero(report).tolist())
+        self.named |= reported
+        self.news |= reported
         return report
 
     def clear_dirty_log(self, slot: int, first_page: int, num_pages: int, bitmap: np.ndarray) -> None:
         self.guest_goes_on()
+        dirty = set(np.flatnonzero(self.dirty_bitmap()).tolist())
         super().clear_dirty_log(slot, first_page, num_pages, bitmap)
+        self.calls += 1
+        for page in dirty - set(np.flatnonzero(self.dirty_bitmap()).tolist()):
+            self.cleared[page] = self.calls
+            (self.blind.discard if page in self.news else self.blind.add)(page)
+            self.news.discard(page)
         self.longest = max(self.longest, num_pages)
         self.guest_goes_on()
 
@@ -232,10 +246,22 @@ class BusyVm(Vm):
             raise ValueError(f"page {page} is not in the slot: send() takes page numbers from 0 to {SLOT_PAGES - 1}")
         self.unasked += page not in self.named
         self.named.discard(page)
-        self.there[page] = self.here[page]
+        self.calls += 1
+        self.there[page], self.copied[page] = self.here[page], self.calls
         self.sent += 1
         if page % 8 == 0:
             self.guest_goes_on()
+
+
+def _why_old(vm: BusyVm, page: int) -> str:
+    """What a loop did to a page of which the destination has an old version."""
+    if page in vm.blind:
+        return "for one: a CLEAR took its bit, and no report of yours had named it; which bits do you ask CLEAR for?"
+    if vm.copied[page] < vm.cleared[page] and not vm.dirty_bitmap()[page]:
+        return "for one: it was copied, and then its bit was cleared; what may the guest have done between the two?"
+    if page in vm.named:
+        return "for one: a report has named it, and you have not sent it; do you go through all of the slot?"
+    return "for one: no report has named it since it was written; do you ask for one in each round?"
 
 
 @checker
@@ -252,16 +278,13 @@ def check_02_2(loop: Loop) -> str:
     loop(vm, vm.send)
     old = [page for page in range(SLOT_PAGES) if vm.here[page] != vm.there[page]]
     if old:
-        return (
-            f"the guest has stopped, and {len(old)} pages of the destination are old, page {old[0]} for one; "
-            "what may the guest do between any two of your calls?"
-        )
+        return f"the guest has stopped, and {len(old)} pages of the destination are old. Page {old[0]} {_why_old(vm, old[0])}"
     if vm.unasked:
         return f"{vm.unasked} times you send a page that no report has named since you sent it last"
     sent = vm.sent
     loop(vm, vm.send)
     if vm.sent > sent:
-        return f"the guest wrote nothing since your last harvest, and you send {vm.sent - sent} pages again"
+        return f"the guest wrote nothing since, and you send {vm.sent - sent} pages again; which call takes their bits away?"
     writable = [page for page in range(SLOT_PAGES) if vm.fmt.is_writable_pte(vm.spte(BASE_GFN + page))]
     return f"page {writable[0]} is still writable, though you sent it: it was never armed again" if writable else ""
 

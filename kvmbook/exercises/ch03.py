@@ -110,7 +110,7 @@ SKETCHES = (
 
 def make_again(fmt: SpteFormat, spte: int) -> int:
     """The SPTE after a second fault on the same page, by a vCPU that was late."""
-    again = fmt.make_spte(int(fmt.pfn(spte)), ad_type=spte & SPTE_TDP_AD_MASK, old_spte=spte)
+    again = fmt.make_spte(int(fmt.spte_to_pfn(spte)), ad_type=spte & SPTE_TDP_AD_MASK, old_spte=spte)
     return int(again.spte)
 
 
@@ -175,7 +175,7 @@ def check_03_1(decoded: Mapping[str, Any], seed: int = 1) -> str:
     format, spte = found_word(seed)
     fmt = LEAVES[format].fmt
     facts: dict[str, Any] = {
-        "pfn": fmt.pfn(spte),
+        "pfn": fmt.spte_to_pfn(spte),
         "type": (spte & SPTE_TDP_AD_MASK) // (SPTE_TDP_AD_MASK & -SPTE_TDP_AD_MASK),
         "W": int(fmt.is_writable_pte(spte)),
         "MW": int(fmt.is_mmu_writable_spte(spte)),
@@ -201,7 +201,7 @@ def check_03_2(word: str | int, seed: int = 1) -> str:
     wrong = spte ^ _after(past)
     if not wrong:
         return ""
-    if fmt.pfn(wrong):
+    if fmt.spte_to_pfn(wrong):
         return "the frame is another"
     kinds = {field.kind for field in fields(fmt) if field.mask & wrong}
     who = "that nobody reads"
@@ -239,7 +239,26 @@ def check_03_3(origins: Callable[[SpteFormat, int], Collection[str | int]]) -> s
             said, right = {parse(word) for word in origins(fmt, spte)}, _origins(fmt, spte)
             where = f"{format}, {spte:016x}"
             if said - right:
-                return f"{where}: you name {len(said - right)} that KVM never makes, or that do not become this word"
+                return f"{where}: {_why_no_origin(fmt, min(said - right), spte)}"
             if right - said:
-                return f"{where}: {len(right - said)} more lead there; which bits does ageing forget?"
+                return f"{where}: {_what_is_missing(fmt, spte, said, len(right - said))}"
     return ""
+
+
+def _why_no_origin(fmt: SpteFormat, word: int, spte: int) -> str:
+    """What is wrong with a word that a reader calls an origin of ``spte``."""
+    if broken := broken_rule(fmt, word):
+        return f"you name {word:016x}, a word that KVM never makes: {broken}"
+    aged = fmt.mmu_spte_age(word).spte
+    if aged == word:
+        return f"you name {word:016x}, which is old, so ageing leaves it as it is"
+    return f"you name {word:016x}, which ageing turns into {aged:016x}"
+
+
+def _what_is_missing(fmt: SpteFormat, spte: int, said: Collection[int], many: int) -> str:
+    """Where to look for origins of ``spte`` that a reader has not named."""
+    if spte not in said:
+        return f"{many} more lead there; what does ageing do to a word that is old already?"
+    if fmt.spte_ad_enabled(spte):
+        return f"{many} more lead there; which one bit does ageing clear, if the type says that there is an A bit?"
+    return f"{many} more lead there; of R, W and X two were saved: what says whether the third may have been set?"

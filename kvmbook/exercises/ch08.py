@@ -1,7 +1,8 @@
 """Exercises and questions of chapter 08."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import product
 
 from kvmbook.exercises.mechanism import Answer, Run, checker, question
 from kvmbook.exercises.vms import PAGES, aged, enable
@@ -15,7 +16,8 @@ from kvmbook.model import (
     Vm,
     kvm_mmu_slot_apply_flags,
 )
-from kvmbook.scenes import BASE_GFN
+from kvmbook.scenes import BASE_GFN, CHANGES, HARDWARE, enabling_plan
+from kvmbook.search import any_number
 
 
 @question("yes", "no")
@@ -76,69 +78,148 @@ def quiz_08_3() -> Answer:
     return Answer("only if logging is enabled on it" if saved(enabled=True) else "no: a flush is for one slot", because)
 
 
+# ---- 1: the plan -----------------------------------------------------------------------------------------------------
+
+# What a reader whose plan lacks a step should look for.
+MISSING = {
+    "kvm_mmu_update_cpu_dirty_logging": "the CPU must be told to log; which step does that?",
+    "clear_dirty_rmap": "D is to tell about writes; which pass sees to it that it can?",
+    "write_protect_rmap": "D tells about 4K pages; what of larger ones?",
+    "flush_always": "what has v6.0 put at the end, whatever the passes met?",
+}
+
+
+def _all_steps() -> set[str]:
+    """Every name that a plan of the panel has."""
+    cases = product(HARDWARE, (Kernel.v5_19, Kernel.v6_0), CHANGES, (False, True), (False, True))
+    return {name for case in cases for name in enabling_plan(*case)}
+
+
+def _foreign(name: str) -> str:
+    """Why a step that the function does take elsewhere has no place in this plan."""
+    if name.startswith("zap"):
+        return "belongs to switching logging off"
+    if name.startswith("split"):
+        return "belongs to the eager split, which is not made where the TDP MMU is off"
+    if name.endswith("_tdp"):
+        return "visits the TDP MMU's tables, and this host has none"
+    return "asks before it flushes, as v5.19 does"
+
+
 @checker
 def check_08_1(plan: Sequence[str]) -> str:
     """The steps of enabling under v6.0 with PML and the legacy MMU."""
+    if isinstance(plan, str) or not all(isinstance(name, str) for name in plan):
+        return "give the names of the steps as a list of strings"
     vm = Vm(Hardware.ept(pml=True, tdp_mmu=False), Kernel.v6_0)
     vm.set_user_memory_region(slot=0, base_gfn=BASE_GFN, npages=PAGES)
     off = vm.memslots.slots[0, 0]
     right = kvm_mmu_slot_apply_flags(vm, Change.FLAGS_ONLY, off, replace(off, flags=KVM_MEM_LOG_DIRTY_PAGES))
-    for number, (given, wanted) in enumerate(zip(plan, right, strict=False), 1):
-        if given != wanted:
-            return f"step {number} is not {given!r}"
-    return "" if len(plan) == len(right) else f"this function takes {len(right)} steps here, you name {len(plan)}"
+    for name in plan:
+        if name not in _all_steps():
+            return f"{name!r} is no step of kvm_mmu_slot_apply_flags(); mind the spelling"
+        if name not in right:
+            return f"{name!r} {_foreign(name)}"
+        if plan.count(name) > 1:
+            return f"{name!r} is done once here"
+    if missing := [name for name in right if name not in plan]:
+        return f"a step is missing: {MISSING[missing[0]]}"
+    wrong = next((n for n, (given, wanted) in enumerate(zip(plan, right, strict=True), 1) if given != wanted), 0)
+    return f"these are the steps, but not in this order: {plan[wrong - 1]!r} is not number {wrong}" if wrong else ""
+
+
+# ---- 2: a rule of one's own ------------------------------------------------------------------------------------------
+
+NO_AD, NPT, PML = Hardware.ept(ad_bits=False), Hardware.npt(), Hardware.ept(pml=True)
+
+
+def _age(vm: Vm) -> None:
+    vm.vcpu[0].read(BASE_GFN)
+    vm.clear_young(BASE_GFN, BASE_GFN + 1)
+
+
+def _age_then(kind: str) -> Run:
+    def prepare(vm: Vm) -> None:
+        _age(vm)
+        vm.vcpu[1].complete(kind, BASE_GFN)
+
+    return prepare
+
+
+def _make_twice(vm: Vm) -> None:
+    for vcpu in vm.vcpu:
+        vcpu.attempt("read", BASE_GFN)
+    vm.run(vm.vcpu[0].fault)
+    vm.vcpu[0].read(BASE_GFN)
+    vm.run(vm.vcpu[1].fault)
+
+
+def _map_read_only(vm: Vm) -> None:
+    vm.write_protect_host_page(BASE_GFN)
+    vm.vcpu[0].read(BASE_GFN)
+
+
+def _log_before(vm: Vm) -> None:
+    vm.vcpu[0].write(BASE_GFN)
+    enable(vm)
+    vm.set_user_memory_region(slot=0, base_gfn=BASE_GFN, npages=PAGES)
+
+
+# What happened to page 0 before logging is enabled, all else unmapped.
+BEFORE: dict[str, Callable[[Vm], None]] = {
+    "aged": _age,
+    "aged, and read again by vCPU 1": _age_then("read"),
+    "aged, and written again by vCPU 1": _age_then("write"),
+    "made twice, by two faults at once": _make_twice,
+}
+
+
+def _flushes_and_missed(hardware: Hardware, kernel: Kernel, prepare: Callable[[Vm], None]) -> tuple[int, int]:
+    """The flushes of enabling, and the writes of vCPU 0 that are missed afterwards."""
+    vm = Vm(hardware, kernel, vcpus=2)
+    vm.set_user_memory_region(slot=0, base_gfn=BASE_GFN, npages=PAGES)
+    prepare(vm)
+    before = vm.counters.flushes
+    enable(vm)
+    flushes = vm.counters.flushes - before
+    vm.vcpu[0].write(BASE_GFN)
+    return flushes, len(vm.missed_dirty(0))
 
 
 @checker
 def check_08_2(rule: FlushRule) -> str:
-    """A flush rule that loses nothing without A/D bits, and does not flush for pages that nobody can write."""
+    """A flush rule that loses nothing on three kinds of hardware, and does not flush where W and MMU-writable tell that it
+    need not."""
     if isinstance(rule, type):
         return "pass an object, MyRule(), not the class"
     kernel = Kernel.v5_19.with_(flush=rule)
-    for hardware in (Hardware.ept(ad_bits=False), Hardware.ept(ad_bits=False, tdp_mmu=False)):
-        for what, kind in (
-            ("untouched since ageing", None),
-            ("read again by vCPU 1", "read"),
-            ("written again", "write"),
-        ):
-            for beside, vm in (
-                ("", aged(hardware, kernel, pages=1)),
-                (", beside one that is read-only in the host", _beside_read_only_page(hardware, kernel)),
-            ):
-                if kind:
-                    vm.vcpu[1].complete(kind, BASE_GFN)
-                enable(vm)
-                vm.vcpu[0].write(BASE_GFN)
-                if len(vm.missed_dirty(0)):
-                    return f"a write is missed if the page is {what}{beside} ({hardware.name})"
-        vm = Vm(hardware, kernel)
-        vm.set_user_memory_region(slot=0, base_gfn=BASE_GFN, npages=PAGES)
-        vm.write_protect_host_page(BASE_GFN)
-        vm.vcpu[0].read(BASE_GFN)
-        enable(vm)
-        if vm.counters.flushes:
-            return "it flushes although the only mapped page is read-only in the host"
-    enable(aged(Hardware.ept(pml=True), kernel))  # it must at least have an answer for the other pass
+    for hardware in (NO_AD, Hardware.ept(ad_bits=False, tdp_mmu=False), NPT, PML):
+        for what, prepare in BEFORE.items():
+            if _flushes_and_missed(hardware, kernel, prepare)[1]:
+                return f"{hardware.name}: a write is missed if the page was {what}"
+    for hardware in (NO_AD, NPT, PML):
+        if _flushes_and_missed(hardware, kernel, _map_read_only)[0]:
+            return f"{hardware.name}: it flushes, although the only mapped page is read-only in the host"
+    if _flushes_and_missed(NPT, kernel, _log_before)[0]:
+        return "NPT: it flushes when logging was off and is on again, although ageing has taken no W there: W tells"
+    for hardware in (NO_AD, NPT, PML):
+        if not any_number(hardware, kernel).safe:
+            return f"{hardware.name}: chapter 10's search finds a run under your rule that loses a write"
     return ""
 
 
-def _beside_read_only_page(hardware: Hardware, kernel: Kernel) -> Vm:
-    """Page 0 aged and remembered, page 1 mapped and read-only in the host."""
-    vm = Vm(hardware, kernel, vcpus=2)
-    vm.set_user_memory_region(slot=0, base_gfn=BASE_GFN, npages=2)
-    vm.write_protect_host_page(BASE_GFN + 1)
-    for gfn in (BASE_GFN, BASE_GFN + 1):
-        vm.vcpu[0].read(gfn)
-    vm.clear_young(BASE_GFN, BASE_GFN + 2)
-    return vm
+# ---- 3: against the alternative --------------------------------------------------------------------------------------
 
 
 @checker
 def check_08_3(run: Run) -> str:
-    """Lose a write with PML although the MMU-writable test decides about the flush."""
+    """Lose a write with PML although the MMU-writable test decides about the flush, and every page has been written."""
     kernel = Kernel.v5_19.with_(flush=FlushPolicy.IF_MMU_WRITABLE)
-    vm = Vm(Hardware.ept(pml=True), kernel, vcpus=2)
+    vm = Vm(PML, kernel, vcpus=2)
     vm.set_user_memory_region(slot=0, base_gfn=BASE_GFN, npages=PAGES)
+    for gfn in range(BASE_GFN, BASE_GFN + PAGES):
+        vm.vcpu[0].write(gfn)
+    logged = len(vm.log)
     run(vm)
     if vm.kernel is not kernel:
         return "that is another kernel; keep the one you are given"
@@ -148,6 +229,10 @@ def check_08_3(run: Run) -> str:
         return "your run must leave dirty logging enabled"
     if len(vm.missed_dirty(0)):
         return ""
-    if not vm.written and not any(e.step == "write" for e in vm.log):
+    events = vm.log[logged:]
+    enabled = max(n for n, event in enumerate(events) if event.step == "return_to_user_space")
+    if not any(event.step == "write" for event in events[enabled:]):
         return "nobody writes after logging is enabled"
+    if any((event.step, event.note) == ("flush_if_owed", "flush") for event in events):
+        return "no write is missed: enabling has flushed. Which SPTEs of the slot have D = 1 when the pass comes?"
     return "no write is missed; look at D in the SPTE and in vCPU 0's TLB before you enable logging"

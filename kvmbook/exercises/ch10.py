@@ -1,6 +1,8 @@
 """Exercises and questions of chapter 10."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 from kvmbook.exercises.mechanism import Answer, checker, question
 from kvmbook.model import FlushPolicy, Hardware, Kernel
@@ -30,21 +32,25 @@ def quiz_10_1() -> Answer:
 
 @question("yes", "no")
 def quiz_10_2() -> Answer:
-    """Cut by access, the loss with PML disappears. Can it be the other way round, a loss that only a coarser cut finds?"""
+    """Take six configurations: EPT without A/D bits, EPT with them, EPT with PML, each under "if changed" and under "if
+    MMU-writable", with two vCPUs. Cut by access, the loss with PML disappears. Can it be the other way round, a loss that
+    only a coarser cut finds?"""
+    names = {"off": "EPT without A/D bits", "on": "EPT with them", "on, with PML": "EPT with PML"}
     lost = {
-        grain: {
-            (name, flush)
-            for name, hardware in HARDWARE.items()
+        grain: [
+            f'{names[ad_bits]} under "{flush.value}"'
+            for ad_bits, hardware in HARDWARE.items()
             for flush in (FlushPolicy.IF_CHANGED, FlushPolicy.IF_MMU_WRITABLE)
             if not explore(hardware, Kernel.v5_19.with_(flush=flush), vcpus=2, grain=grain).safe
-        }
+        ]
         for grain in (Grain.ACCESS, Grain.FAULT)
     }
+    coarse, fine = lost[Grain.ACCESS], lost[Grain.FAULT]
     because = (
-        "What a coarse step does, finer steps can do one after the other with nobody in between. Of 6 configurations "
-        f"{len(lost[Grain.ACCESS])} lose a write by access, and {len(lost[Grain.FAULT])} by fault, those among them."
+        "What a coarse step does, finer steps can do one after the other with nobody in between. Cut by access, a write is "
+        f"lost with {' and '.join(coarse)}. Cut by fault, also with {' and '.join(x for x in fine if x not in coarse)}."
     )
-    return Answer("no" if lost[Grain.ACCESS] < lost[Grain.FAULT] else "yes", because)
+    return Answer("no" if set(coarse) < set(fine) else "yes", because)
 
 
 @question("yes", "no")
@@ -64,19 +70,57 @@ def quiz_10_3() -> Answer:
     return Answer("no" if verdicts[2] == verdicts[3] else "yes", because)
 
 
+# ---- 1: which step is to blame? --------------------------------------------------------------------------------------
+
+
+class Loss(NamedTuple):
+    """A hardware and a kernel under which a write can be lost, with two vCPUs, cut by fault."""
+
+    hardware: Hardware
+    kernel: Kernel
+
+    def is_cured_without(self, names: Collection[str]) -> bool:
+        return explore(self.hardware, self.kernel, vcpus=2, grain=Grain.FAULT, without=tuple(names)).safe
+
+
+NO_AD = Hardware.ept(ad_bits=False)
+NO_FLUSH = Kernel.v5_19.with_(clear_flush_young_flushes=False)
+LOSSES = {
+    "a": Loss(NO_AD, Kernel.v5_19),
+    "b": Loss(NO_AD, NO_FLUSH),
+    "c": Loss(Hardware.ept(pml=True), Kernel.v5_19.with_(flush=FlushPolicy.IF_MMU_WRITABLE)),
+}
+MAY_GO = ("reads", "forgets", "exits", "ages", "ages and flushes", "gets", "disables")
+
+
+def _hint_10_1(letter: str, names: Collection[str] | None) -> str:
+    """What is wrong with the answer for one loss, or nothing."""
+    loss = LOSSES[letter]
+    if names is None:
+        return f"{letter}: there are steps whose absence saves every write" if loss.is_cured_without(MAY_GO) else ""
+    if isinstance(names, str):
+        return f'{letter}: give the steps in a list or tuple, like ("forgets",), or None'
+    for name in names:
+        if name in ("writes", "enables"):
+            return f"{letter}: {name!r} must stay: without it nobody writes, or nobody logs"
+        if name not in MAY_GO:
+            return f"{letter}: {name!r} is none of {', '.join(MAY_GO)}"
+    if not loss.is_cured_without(names):
+        return f"{letter}: a write is still lost; have the run searched and printed: which of its steps leaves a TLB stale?"
+    fewer = [[name for name in names if name != spared] for spared in names]
+    return f"{letter}: fewer are enough" if any(map(loss.is_cured_without, fewer)) else ""
+
+
 @checker
-def check_10_1(without: Collection[str]) -> str:
-    """The one step without which v5.19 loses no write on a CPU without A/D bits."""
-    if isinstance(without, str) or len(without) != 1:
-        return 'give one step in a list or tuple, like ("forgets",)'
-    (name,) = without
-    if name in ("writes", "enables"):
-        return "that one must stay: without it nobody writes, or nobody logs"
-    if name not in ("reads", "forgets", "ages", "ages and flushes", "gets", "disables"):
-        return f"{name!r} is none of the steps that somebody chooses; give the name alone, without who and which page"
-    if explore(Hardware.ept(ad_bits=False), Kernel.v5_19, vcpus=2, grain=Grain.FAULT, without=without).safe:
-        return ""
-    return "a write is still lost; which step of the run leaves the TLB stale?"
+def check_10_1(without: Sequence[Collection[str] | None]) -> str:
+    """For each of three losses the fewest steps without which no write is lost, or None."""
+    if isinstance(without, str) or len(without) != len(LOSSES):
+        return 'give three answers, each a list or tuple of steps like ("forgets",), or None'
+    hints = (_hint_10_1(letter, names) for letter, names in zip(LOSSES, without, strict=True))
+    return next(filter(None, hints), "")
+
+
+# ---- 2: both pages ---------------------------------------------------------------------------------------------------
 
 
 @checker
@@ -95,24 +139,47 @@ def check_10_2(steps: Sequence[str]) -> str:
     return "" if len(steps) <= 13 else f"both are lost, in {len(steps)} steps; 13 are enough"
 
 
+# ---- 3: where a flush would have helped ------------------------------------------------------------------------------
+
+
+def _saved_by_a_flush_after(run: Result, moment: int) -> bool:
+    """Whether the write that ``run`` loses is not lost if all TLBs are flushed after its step ``moment``."""
+    vm = smallest_vm(run.hardware, run.kernel, run.pages, run.vcpus, run.grain)
+    for number, action in enumerate(run.trace or (), 1):
+        act(vm, action, run.grain)
+        if number == moment:
+            vm.kvm_flush_remote_tlbs()
+    return not len(vm.missed_dirty(0))
+
+
+def _runs_10_3() -> dict[str, Result]:
+    """Losing runs: of reclaim alone, of chapter 8's second hole, and one in which a TLB forgets and is filled once more."""
+    reclaim = explore(NO_AD, NO_FLUSH, without=("ages",))
+    by_access = explore(NO_AD, NO_FLUSH, without=("ages",), grain=Grain.ACCESS)
+    assert by_access.trace is not None
+    first, *others = by_access.trace
+    twice = replace(by_access, trace=(first, first._replace(what="forgets"), first, *others))
+    return {
+        "the run of reclaim alone": reclaim,
+        "exercise 1's run c": explore(*LOSSES["c"], vcpus=2, grain=Grain.FAULT),
+        "a run in which vCPU 0 forgets the page, and reads it again": twice,
+    }
+
+
 @checker
-def check_10_3(results: tuple[Result, Result]) -> str:
-    """Reclaim alone loses a write where clear_flush_young does not flush, unless enabling flushes always."""
-    if not isinstance(results, tuple) or len(results) != 2:
-        return "give two results, the losing one and the safe one"
-    losing, safe = results
-    for result in (losing, safe):
-        if result.hardware.format.kvm_ad_enabled:
-            return f"the bug is about CPUs without A/D bits, this is {result.hardware.name}"
-        if result.kernel.clear_flush_young_flushes:
-            return "both kernels need clear_flush_young_flushes=False"
-        if "ages" not in result.without or "ages and flushes" in result.without:
-            return 'leave out "ages", and nothing of "ages and flushes"'
-        if {"reads", "writes", "enables"} & result.without:
-            return "the guest must be able to read and write, and user space to enable logging"
-    releases = [kernel.with_(clear_flush_young_flushes=False) for kernel in (Kernel.v5_19, Kernel.v6_0)]
-    if [result.kernel for result in (losing, safe)] == releases[::-1]:
-        return "the first result should lose a write, the second be safe; which flush rule does each release have?"
-    if [result.kernel for result in (losing, safe)] != releases:
-        return "change that one switch of Kernel.v5_19 and Kernel.v6_0, and nothing else"
+def check_10_3(helps: Callable[[Result], Collection[int]]) -> str:
+    """The steps of a losing run after which one flush saves the write."""
+    if not callable(helps):
+        return "give a function that takes a result of explore() and returns step numbers"
+    for what, run in _runs_10_3().items():
+        steps = range(1, len(run.trace or ()) + 1)
+        said, right = set(helps(run)), {number for number in steps if _saved_by_a_flush_after(run, number)}
+        if said - set(steps):
+            return f"{what} has the steps 1 to {len(steps)}; you name {min(said - set(steps))}"
+        if said - right:
+            return f"{what}: a flush after step {min(said - right)} comes too early or too late; what has the TLB afterwards?"
+        if right - said:
+            return (
+                f"{what}: {len(right - said)} more would do; must the SPTE have lost its rights before the TLB forgets?"
+            )
     return ""

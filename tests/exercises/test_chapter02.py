@@ -153,6 +153,9 @@ def lose(who=1, again=1, until="take_bits"):
     return run
 
 
+OLD, OF_THEM = "No: the guest has stopped, and", "pages of the destination are old. Page"
+
+
 @pytest.mark.parametrize(
     ("check", "answer", "said"),
     [
@@ -169,14 +172,18 @@ def lose(who=1, again=1, until="take_bits"):
         ("check_02_2", whole_slot, "No: 748 times you send a page"),
         ("check_02_2", twice, "No: 182 times you send a page"),
         ("check_02_2", never_arms(), "No: page 0 is still writable, though you sent it"),
-        ("check_02_2", parts(copies_first=True), "No: the guest has stopped, and"),
-        ("check_02_2", parts(asks_for_all=True), "No: the guest has stopped, and"),
-        ("check_02_2", parts(last=192), "No: the guest has stopped, and"),
-        ("check_02_2", parts(clears=False), "No: the guest wrote nothing since"),
+        ("check_02_2", parts(copies_first=True), f"{OLD} 11 {OF_THEM} 12 for one: it was copied, and then its bit was"),
+        ("check_02_2", parts(asks_for_all=True), f"{OLD} 29 {OF_THEM} 6 for one: a CLEAR took its bit, and no report"),
+        (
+            "check_02_2",
+            parts(last=192),
+            f"{OLD} 3 {OF_THEM} 192 for one: a report has named it, and you have not sent it",
+        ),
+        ("check_02_2", parts(clears=False), "No: the guest wrote nothing since, and you send 69 pages again"),
         ("check_02_2", at_once, "No: one CLEAR speaks of 200 pages"),
         ("check_02_2", lambda vm, send: [send(page) for page in range(200)], "No: 1000 times you send a page"),
         ("check_02_2", lambda vm, send: send(200), "No: your answer raised ValueError: page 200 is not in the slot"),
-        ("check_02_2", lambda vm, send: None, "No: the guest has stopped, and"),
+        ("check_02_2", lambda vm, send: None, f"{OLD} 36 {OF_THEM} 0 for one: no report has named it"),
         ("check_02_3", lose(), "Yes."),
         ("check_02_3", lose(again=0), "Yes."),
         ("check_02_3", lose(again=None), "No: no write is missed; when is the SPTE writable"),

@@ -64,6 +64,9 @@ def origins(fmt, spte):
     return [spte, opened] + [opened | 2] * bool(fmt.is_mmu_writable_spte(spte))
 
 
+YOUNG, OLD = (f"No: EPT without A/D bits, {word}" for word in ("0610000004567877", "0750000004567870"))
+
+
 @pytest.mark.parametrize(
     ("check", "answer", "said"),
     [
@@ -81,13 +84,41 @@ def origins(fmt, spte):
         ("check_03_3", origins, "Yes."),
         ("check_03_3", lambda fmt, spte: [f"{word:016x}" for word in origins(fmt, spte)], "Yes."),
         ("check_03_3", lambda fmt, spte: ["none"], "No: your answer raised ValueError: A word is 1 to 16"),
-        ("check_03_3", lambda fmt, spte: [spte], "No: EPT without A/D bits, 0610000004567877: you name 1 that"),
+        (
+            "check_03_3",
+            lambda fmt, spte: [spte],
+            f"{YOUNG}: you name 0610000004567877, which ageing turns into 0750000004567870\n",
+        ),
+        (
+            "check_03_3",
+            lambda fmt, spte: [w for w in origins(fmt, spte) if w != spte],
+            f"{OLD}: 1 more lead there; what does",
+        ),
+        (
+            "check_03_3",
+            lambda fmt, spte: origins(fmt, spte)[:1],
+            f"{OLD}: 2 more lead there; of R, W and X two were saved",
+        ),
         (
             "check_03_3",
             lambda fmt, spte: origins(fmt, spte)[:2],
-            "No: EPT without A/D bits, 0750000004567870: 1 more lead",
+            f"{OLD}: 1 more lead there; of R, W and X two were saved",
         ),
-        ("check_03_3", lambda fmt, spte: [*origins(fmt, spte), spte ^ 1 << 53], "No: EPT without A/D bits"),
+        (
+            "check_03_3",
+            lambda fmt, spte: origins(fmt, spte)[: 1 if fmt.spte_ad_enabled(spte) else 3],
+            "No: EPT with A/D bits, 0600000004567a77: 1 more lead there; which one bit does ageing clear",
+        ),
+        (
+            "check_03_3",
+            lambda fmt, spte: [*origins(fmt, spte), spte ^ 1 << 53],
+            f"{YOUNG}: you name 0630000004567877, a word that KVM never makes: type 3 does not exist\n",
+        ),
+        (
+            "check_03_3",
+            lambda fmt, spte: [*origins(fmt, spte), *([spte ^ 1 << 54] if not fmt.is_accessed_spte(spte) else [])],
+            f"{OLD}: you name 0710000004567870, which is old, so ageing leaves it as it is\n",
+        ),
         ("check_03_3", lambda fmt: [], "No: your answer raised TypeError"),
         (
             "check_03_3",

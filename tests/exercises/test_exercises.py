@@ -3,15 +3,14 @@
 import importlib
 import pathlib
 
-import numpy as np
 import pytest
 
 from kvmbook import FlushPolicy, Hardware, Kernel
 from kvmbook import exercises as mechanism
 from kvmbook.exercises import Answer, checker, question
-from kvmbook.search import BitRule, Grain, explore, leaves_met
+from kvmbook.search import BitRule, act, leaves_met, smallest_vm
 
-NO_AD = Hardware.ept(ad_bits=False)
+NO_AD, PML = Hardware.ept(ad_bits=False), Hardware.ept(pml=True)
 CHAPTERS = sorted(path.stem[2:] for path in pathlib.Path(mechanism.__file__).parent.glob("ch*.py"))
 
 
@@ -72,26 +71,43 @@ def test_a_check_hands_a_variant_on_and_a_wrong_call_is_no_wrong_answer(capsys):
 # ---- check cells -----------------------------------------------------------------------------------------------------
 
 
-class ChangedOrTracked:
-    """The tempting rule: flush if an access-tracked SPTE is met."""
+class Rule:
+    """A flush rule of two questions: one for the write-protecting pass, one for the clear-dirty pass."""
 
     unconditional = False
 
-    def after_write_protect(self, fmt, old, new, answer):
-        return answer | fmt.is_access_track_spte(old)
-
-    after_clear_dirty = after_write_protect
-
-
-class AllOfThem:
-    """Flush only if every page is MMU-writable: wrong as soon as there is another page."""
-
-    unconditional = False
+    def __init__(self, protects, clears):
+        self.protects, self.clears = protects, clears
 
     def after_write_protect(self, fmt, old, new, answer):
-        return np.all(fmt.is_mmu_writable_spte(old))
+        return self.protects(fmt, old, answer)
 
-    after_clear_dirty = after_write_protect
+    def after_clear_dirty(self, fmt, old, new, answer):
+        return self.clears(fmt, old, answer)
+
+
+def changed(fmt, old, answer):
+    return answer
+
+
+def changed_or_tracked(fmt, old, answer):
+    return answer or fmt.is_access_track_spte(old)
+
+
+def mmu_writable(fmt, old, answer):
+    return fmt.is_mmu_writable_spte(old)
+
+
+def writable_with_ad_bits(fmt, old, answer):
+    if fmt.spte_ad_enabled(old):
+        return fmt.is_writable_pte(old)
+    return fmt.is_mmu_writable_spte(old)
+
+
+def blind_to_old_and_clean(fmt, old, answer):
+    """As the one before, but for leaves that no scene of the check has: made twice, and aged after that."""
+    seen = fmt.is_accessed_spte(old) or fmt.is_dirty_spte(old)
+    return writable_with_ad_bits(fmt, old, answer) and (seen or not fmt.spte_ad_enabled(old))
 
 
 def enable(vm):
@@ -113,27 +129,12 @@ def five_by_another_slot(vm):
         vm.vcpu[0].write(gfn)
 
 
-class Always:
-    unconditional = True
-
-    def after_write_protect(self, fmt, old, new, answer):
-        return answer & False
-
-    after_clear_dirty = after_write_protect
-
-
 AGED = [f"{step} page {page}" for step in ("vCPU0 reads", "host ages") for page in (0, 1)]
 ENABLING = [f"user space {name}" for name in (
     "enables", "kvm_swap_active_memslots", "synchronize_srcu", "kvm_arch_commit_memory_region", "write_protect_tdp",
     "flush_if_owed", "return_to_user_space",
 )]  # fmt: skip
 WRITES = ["vCPU0 writes page 0", "vCPU0 writes page 1"]
-
-
-def search(hardware=NO_AD, kernel=Kernel.v5_19, flush_young=False, without=("ages",), policy=None):
-    kernel = kernel.with_(flush=policy) if policy else kernel
-    kernel = kernel.with_(clear_flush_young_flushes=flush_young)
-    return explore(hardware, kernel, grain=Grain.ACCESS, without=without)
 
 
 def rule(chooses):
@@ -147,12 +148,61 @@ def nested_loss(vm):
     vm.vcpu[0].write(0x200, l2=True)
 
 
-def unlucky(vm):
-    vm.vcpu[0].read(0x200)
-    vm.clear_young(0x200, 0x201)
-    vm.vcpu[1].read(0x200)
+def one_test(slots=(0, 1, 2)):
+    """A run that meets one kind of leaf in each slot: writable, access-tracked, restored without W."""
+
+    def run(vm):
+        for slot in slots:
+            gfn = 0x200 + 0x100 * slot
+            vm.vcpu[0].read(gfn)
+            if slot:
+                vm.clear_young(gfn, gfn + 1)
+            if slot == 2:
+                vm.vcpu[1].read(gfn)
+            vm.set_user_memory_region(slot=slot, base_gfn=gfn, npages=4, log_dirty_pages=True)
+            vm.vcpu[0].write(gfn)
+
+    return run
+
+
+def twice_made(zapped=0x210):
+    """The second hole, after the host has taken the pages up to ``zapped``."""
+
+    def run(vm):
+        vm.invalidate_range(0x200, zapped)
+        for cpu in vm.vcpu:
+            cpu.attempt("read", 0x200)
+        vm.run(vm.vcpu[0].fault)
+        vm.vcpu[0].read(0x200)
+        vm.run(vm.vcpu[1].fault)
+        enable(vm)
+        vm.vcpu[0].write(0x200)
+
+    return run
+
+
+def made_once(vm):
+    vm.invalidate_range(0x200, 0x210)
     enable(vm)
     vm.vcpu[0].write(0x200)
+
+
+def helps(run, steps=lambda run: range(1, len(run.trace) + 1)):
+    """The steps of ``run``, of those asked for, after which a flush saves the write."""
+    found = []
+    for moment in steps(run):
+        vm = smallest_vm(run.hardware, run.kernel, run.pages, run.vcpus, run.grain)
+        for number, action in enumerate(run.trace, 1):
+            act(vm, action, run.grain)
+            if number == moment:
+                vm.kvm_flush_remote_tlbs()
+        if not vm.missed_dirty(0).size:
+            found.append(moment)
+    return found
+
+
+PLAN = ["kvm_mmu_update_cpu_dirty_logging", "clear_dirty_rmap", "write_protect_rmap", "flush_always"]
+BLAMED = [("ages",), ("ages", "ages and flushes"), None]
 
 
 @pytest.mark.parametrize(
@@ -176,26 +226,76 @@ def unlucky(vm):
         ("check_01_3", lambda vm: vm.invalidate_range(0, 0x300), "No: your rescue touches slot 0"),
         ("check_01_3", lambda vm: vm.invalidate_range(0x1000, 0x1001), "Yes."),
         ("check_01_3", lambda vm: vm.set_user_memory_region(slot=1), "Yes."),
-        ("check_08_1", ["split_huge_tdp_sptes"], "No: step 1 is not 'split_huge_tdp_sptes'"),
-        ("check_08_1", [], "No: this function takes 4 steps here, you name 0"),
-        ("check_08_2", ChangedOrTracked, "No: pass an object"),
-        ("check_08_2", ChangedOrTracked(), "No: a write is missed if the page is read again by vCPU 1"),
-        ("check_08_2", AllOfThem(), "No: a write is missed if the page is untouched since ageing, beside one"),
-        ("check_08_2", Always(), "No: it flushes although the only mapped page is read-only"),
-        ("check_08_3", lambda vm: vm.vcpu[0].attempt("read", 0x200), "No: KVM for vCPU0: kvm_faultin_pfn is still"),
+        ("check_08_1", PLAN, "Yes."),
+        ("check_08_1", "flush_always", "No: give the names of the steps as a list of strings"),
+        ("check_08_1", ["flush"], "No: 'flush' is no step of kvm_mmu_slot_apply_flags(); mind the spelling"),
+        ("check_08_1", ["split_huge_tdp_sptes", *PLAN], "No: 'split_huge_tdp_sptes' belongs to the eager split"),
+        ("check_08_1", ["split_huge_rmap_sptes", *PLAN], "No: 'split_huge_rmap_sptes' belongs to the eager split"),
+        ("check_08_1", [*PLAN[:1], "clear_dirty_tdp"], "No: 'clear_dirty_tdp' visits the TDP MMU's tables"),
+        ("check_08_1", [*PLAN[:2], "flush_if_owed"], "No: 'flush_if_owed' asks before it flushes, as v5.19 does"),
+        ("check_08_1", ["zap_collapsible_rmap_sptes"], "No: 'zap_collapsible_rmap_sptes' belongs to switching"),
+        ("check_08_1", [*PLAN, "flush_always"], "No: 'flush_always' is done once here"),
+        ("check_08_1", PLAN[1:], "No: a step is missing: the CPU must be told"),
+        ("check_08_1", [PLAN[0], *PLAN[2:]], "No: a step is missing: D is to tell"),
+        ("check_08_1", [*PLAN[:2], PLAN[3]], "No: a step is missing: D tells about 4K pages"),
+        ("check_08_1", PLAN[:3], "No: a step is missing: what has v6.0 put at the end"),
+        (
+            "check_08_1",
+            [PLAN[1], PLAN[0], *PLAN[2:]],
+            "No: these are the steps, but not in this order: 'clear_dirty_rmap'",
+        ),
+        ("check_08_2", Rule, "No: pass an object"),
+        ("check_08_2", FlushPolicy.NEVER, f"No: {NO_AD.name}: a write is missed if the page was aged\n"),
+        ("check_08_2", Rule(changed, changed), f"No: {NO_AD.name}: a write is missed if the page was aged\n"),
+        (
+            "check_08_2",
+            Rule(changed_or_tracked, changed_or_tracked),
+            f"No: {NO_AD.name}: a write is missed if the page was aged, and read again by vCPU 1",
+        ),
+        (
+            "check_08_2",
+            Rule(mmu_writable, changed),
+            f"No: {PML.name}: a write is missed if the page was made twice, by two faults at once",
+        ),
+        ("check_08_2", FlushPolicy.IF_MMU_WRITABLE, f"No: {PML.name}: a write is missed if the page was made twice"),
+        ("check_08_2", FlushPolicy.ALWAYS, f"No: {NO_AD.name}: it flushes, although the only mapped page is read-only"),
+        ("check_08_2", Rule(mmu_writable, mmu_writable), "No: NPT: it flushes when logging was off and is on again"),
+        ("check_08_2", Rule(writable_with_ad_bits, mmu_writable), "Yes."),
+        ("check_08_2", Rule(writable_with_ad_bits, writable_with_ad_bits), "Yes."),
+        (
+            "check_08_2",
+            Rule(blind_to_old_and_clean, mmu_writable),
+            "No: NPT: chapter 10's search finds a run under your rule that loses a write",
+        ),
+        ("check_08_3", lambda vm: vm.vcpu[0].attempt("read", 0x200), "No: your run must leave dirty logging enabled"),
+        (
+            "check_08_3",
+            lambda vm: [vm.invalidate_range(0x200, 0x201), vm.vcpu[0].attempt("read", 0x200)],
+            "No: KVM for vCPU0: kvm_faultin_pfn is still",
+        ),
         ("check_08_3", lambda vm: vm.vcpu[0].read(0x200), "No: your run must leave dirty logging enabled"),
-        ("check_08_3", lambda vm: [vm.vcpu[0].read(0x200), enable(vm)], "No: nobody writes"),
-        ("check_08_3", lambda vm: [enable(vm), vm.vcpu[0].write(0x200)], "No: no write is missed; look at D"),
-        ("check_10_1", "ages", "No: give one step in a list"),
-        ("check_10_1", ("ages page 0",), "No: 'ages page 0' is none of the steps that somebody chooses; give the name"),
+        ("check_08_3", lambda vm: [vm.vcpu[0].write(0x200), enable(vm)], "No: nobody writes"),
+        ("check_08_3", lambda vm: setattr(vm, "kernel", Kernel.v6_0), "No: that is another kernel"),
+        (
+            "check_08_3",
+            lambda vm: [enable(vm), vm.vcpu[0].write(0x200)],
+            "No: no write is missed: enabling has flushed",
+        ),
+        ("check_08_3", twice_made(zapped=0x201), "No: no write is missed: enabling has flushed"),
+        ("check_08_3", made_once, "No: no write is missed; look at D"),
+        ("check_08_3", twice_made(), "Yes."),
+        ("check_10_1", "abc", "No: give three answers"),
+        ("check_10_1", ("ages",), "No: give three answers"),
+        ("check_10_1", ["ages", None, None], "No: a: give the steps in a list or tuple"),
+        ("check_10_1", [("ages page 0",), None, None], "No: a: 'ages page 0' is none of reads, forgets"),
+        ("check_10_1", [("writes",), None, None], "No: a: 'writes' must stay"),
+        ("check_10_1", [("reads",), None, None], "No: a: a write is still lost"),
+        ("check_10_1", [("ages", "gets"), *BLAMED[1:]], "No: a: fewer are enough"),
+        ("check_10_1", [None, None, None], "No: a: there are steps whose absence saves every write"),
+        ("check_10_1", [BLAMED[0], BLAMED[0], None], "No: b: a write is still lost"),
+        ("check_10_1", [*BLAMED[:2], ("reads", "exits")], "No: c: a write is still lost"),
+        ("check_10_1", BLAMED, "Yes."),
         ("check_10_2", "vCPU0 reads page 0", "No: give a list"),
-        ("check_10_3", search(), "No: give two results"),
-        ("check_10_3", (search(policy=FlushPolicy.NEVER), search(kernel=Kernel.v6_0)), "No: change that one switch"),
-        ("check_10_1", ("ages", "gets"), "No: give one step in a list"),
-        ("check_10_1", ("writes",), "No: that one must stay"),
-        ("check_10_1", ("flushes",), "No: 'flushes' is none of the steps"),
-        ("check_10_1", ("reads",), "No: a write is still lost"),
-        ("check_10_1", ("ages",), "Yes."),
         (
             "check_10_2",
             ["vCPU0 reads page 2"],
@@ -205,21 +305,43 @@ def unlucky(vm):
         ("check_10_2", [*AGED, "vCPU0 forgets page 0", *ENABLING, *WRITES], "No: 1 of 2 writes are lost"),
         ("check_10_2", [*AGED, *ENABLING, "vCPU0 reads page 0", *WRITES], "No: both are lost, in 14 steps"),
         ("check_10_2", [*AGED, *ENABLING, *WRITES], "Yes."),
-        ("check_10_3", (search(Hardware.npt()), search(Hardware.npt())), "No: the bug is about CPUs without A/D bits"),
-        ("check_10_3", (search(flush_young=True), search()), "No: both kernels need clear_flush_young_flushes=False"),
-        ("check_10_3", (search(without=()), search()), 'No: leave out "ages"'),
-        ("check_10_3", (search(kernel=Kernel.v6_0), search()), "No: the first result should lose a write"),
-        ("check_10_3", (search(), search(kernel=Kernel.v6_0)), "Yes."),
+        ("check_10_3", [7], "No: give a function"),
+        ("check_10_3", lambda run: [0], "No: the run of reclaim alone has the steps 1 to 15; you name 0"),
+        ("check_10_3", lambda run: range(5, 15), "No: the run of reclaim alone: a flush after step 5 comes too early"),
+        (
+            "check_10_3",
+            lambda run: range(7, 16),
+            "No: the run of reclaim alone: a flush after step 15 comes too early or",
+        ),
+        ("check_10_3", lambda run: range(7, 15), "No: the run of reclaim alone: 1 more would do"),
+        ("check_10_3", lambda run: range(6, 15), "No: exercise 1's run c"),
+        (
+            "check_10_3",
+            lambda run: {15: range(6, 15), 16: range(4, 16), 12: range(1, 12)}[len(run.trace)],
+            "No: a run in which vCPU 0 forgets the page, and reads it again: a flush after step 1",
+        ),
+        ("check_10_3", helps, "Yes."),
         ("check_11_1", FlushPolicy.ALWAYS, "No: give a BitRule"),
         ("check_11_1", rule(lambda kind: False), "No: a write can be lost"),
         ("check_11_1", rule(lambda kind: True), "No: it is sound, but 4 of its 8 kinds could be left out"),
         ("check_11_1", rule(lambda kind: kind.before & 1), "Yes."),
-        ("check_11_2", lambda vm: unlucky(vm), "No: no write is missed; the nested guest's leaves"),
+        ("check_11_2", twice_made(), "No: no write is missed; the nested guest's leaves"),
         ("check_11_2", lambda vm: vm.vcpu[0].read(0x200, l2=True), "No: your run must leave"),
         ("check_11_2", nested_loss, "Yes."),
-        ("check_11_3", lambda vm: enable(vm), "No: no write is missed"),
+        ("check_11_3", lambda vm: vm.set_user_memory_region(slot=1), "No: keep the three slots"),
+        ("check_11_3", lambda vm: None, "No: no write is missed even if nothing is ever flushed"),
         ("check_11_3", lambda vm: setattr(vm, "kernel", Kernel.v6_0), "No: that is another kernel"),
-        ("check_11_3", unlucky, "Yes."),
+        (
+            "check_11_3",
+            one_test([2]),
+            "No: the rule that flushes for all but [W, MW, HW, A, D; loses W, D] and [MW, HW, tracked; unchanged] passes",
+        ),
+        (
+            "check_11_3",
+            one_test([0, 1]),
+            "No: the rule that flushes for all but [MW, HW, A; unchanged] passes your test",
+        ),
+        ("check_11_3", one_test(), "Yes."),
     ],
 )
 def test_check_cells_answer_wrong_answers_with_a_hint(check, answer, said, capsys):
