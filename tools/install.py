@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 import tomllib
 from collections import deque
@@ -80,20 +81,26 @@ def works(python: pathlib.Path) -> bool:
 # ---- what is there, and what is missing ------------------------------------------------------------------------------
 
 
-def unmet(extra: str) -> list[str]:
-    """What pyproject.toml wants for readers and for this extra, and the Python that runs this has not."""
+ITSELF = "kvmbook itself"
+
+
+def unmet(lines: list[str]) -> list[str]:
+    """What of these requirements the Python that runs this has not; and whether it has kvmbook, by a path file."""
+    return [line for line in lines if not is_there(line)] + [ITSELF] * (str(ROOT) not in sys.path)
+
+
+def requirements(extra: str) -> list[str]:
+    """What pyproject.toml wants for readers, and for this extra if it is one."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    lines = [*wanted(project, ""), *(wanted(project, extra) if extra else [])]
-    missing = [line for line in lines if not is_there(line)]
-    return missing if str(ROOT) in sys.path else [*missing, "kvmbook itself"]  # a path file puts it there
+    return [*project["dependencies"], *(of_extra(project, extra) if extra else [])]
 
 
-def wanted(project: dict[str, Any], extra: str) -> Iterator[str]:
-    """The requirements of an extra and of those that it includes; of readers if it is ""."""
-    for line in project["optional-dependencies"][extra] if extra else project["dependencies"]:
+def of_extra(project: dict[str, Any], extra: str) -> Iterator[str]:
+    """The requirements of an extra and of those that it includes."""
+    for line in project["optional-dependencies"][extra]:
         if included := re.fullmatch(rf"{project['name']}\[(.+)\]", line):
             for other in included[1].split(","):
-                yield from wanted(project, other.strip())
+                yield from of_extra(project, other.strip())
         else:
             yield line
 
@@ -114,21 +121,24 @@ def is_there(line: str) -> bool:
 
 
 def install(command: str) -> None:
-    """Have pip install what is missing. If it fails and nothing is missing all the same, that is said and no more."""
+    """Have pip install what is missing. If it fails and all packages are there nevertheless, as in a clone that was moved and
+    has no network, that is said and no more."""
     extra, what, fetched, room = NEEDS[command]
-    if unmet(extra):
+    lines = requirements(extra)
+    if missing := unmet(lines):
         print(
             f"Installing into .venv what `make {command}` needs, once: {what}. That is {fetched} to fetch at most and "
             f"{room} on disk, and takes half a minute besides the fetching.",
             flush=True,
         )
-        if said := pip("-e", f".[{extra}]" if extra else "."):
+        if said := pip(*lines, *["--editable", "."] * (ITSELF in missing)):
             print(*said, sep="\n")
-            if missing := unmet(extra):
+            if missing := [line for line in unmet(lines) if line != ITSELF]:
                 raise SystemExit(
-                    f"pip could not install what is missing: {', '.join(missing)}. Its last words are above. See to the "
+                    f"pip could not install what is missing: {', '.join(missing)}. What it said is above. See to the "
                     f"network, or to the proxy or mirror in pip's settings, and say `make {command}` again."
                 )
+            pathlib.Path(sysconfig.get_path("purelib"), "kvmbook.pth").write_text(f"{ROOT}\n")  # what pip would do
             print("pip failed, but everything that is needed is there; going on.")
     settings = VENV / "share/jupyter/lab/settings"
     settings.mkdir(parents=True, exist_ok=True)
@@ -136,14 +146,15 @@ def install(command: str) -> None:
 
 
 def pip(*arguments: str) -> list[str]:
-    """Run ``pip install`` and show what it is at; return its last words if it fails, otherwise nothing."""
+    """Run ``pip install`` and show what it is at; return its last complaints if it fails, otherwise nothing."""
     command = [sys.executable, "-m", "pip", "install", "--progress-bar=off", "--disable-pip-version-check", *arguments]
-    last: deque[str] = deque(maxlen=8)
+    complaints, line = deque[str](maxlen=6), ""
     begun, on_terminal = time.monotonic(), sys.stdout.isatty()
     running = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert running.stdout is not None
     for line in map(str.strip, running.stdout):
-        last.append(line)
+        if re.match("(?i)error|warning", line):
+            complaints.append(line)
         seconds = f"{time.monotonic() - begun:5.0f} s  "
         if line.startswith("Installing collected packages:"):
             line = f"unpacking {line.count(',') + 1} packages"
@@ -153,7 +164,7 @@ def pip(*arguments: str) -> list[str]:
             print(f"{seconds}{line}", flush=True)
     failed = running.wait()
     print("\r\x1b[K" * on_terminal + f"{time.monotonic() - begun:5.0f} s  {'pip failed' if failed else 'done'}")
-    return list(last) if failed else []
+    return (list(complaints) or [line]) if failed else []
 
 
 if __name__ == "__main__":

@@ -171,7 +171,12 @@ def start(sources: bool) -> None:
             print(said)
     variables = environment(pathlib.Path(sys.prefix, "home"))
     trust(sorted((folder / "notebooks").glob("*.ipynb")), variables["JUPYTER_DATA_DIR"])
-    command = [*server(folder), f"--LabApp.default_url=/lab/tree/{FIRST}", "--log-level=WARN"]
+    command = [
+        *server(folder),
+        f"--LabApp.default_url=/lab/tree/{FIRST}",
+        "--log-level=WARN",
+        "--LabApp.log_level=WARN",
+    ]
     command += [] if has_screen() else ["--no-browser"]
     where = "the book itself" if sources else "your copy of the book, in reading/; what you write there is kept"
     print(f"JupyterLab shows {where}. Control-C, twice, ends it. Its address:", flush=True)
