@@ -148,7 +148,7 @@ def install(command: str) -> None:
 def pip(*arguments: str) -> list[str]:
     """Run ``pip install`` and show what it is at; return its last complaints if it fails, otherwise nothing."""
     command = [sys.executable, "-m", "pip", "install", "--progress-bar=off", "--disable-pip-version-check", *arguments]
-    complaints, line = deque[str](maxlen=6), ""
+    complaints, line = deque[str](maxlen=3), ""
     begun, on_terminal = time.monotonic(), sys.stdout.isatty()
     running = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert running.stdout is not None
