@@ -39,7 +39,7 @@ def _install(packages: tuple[str, ...], until: float) -> None:
     if said := _apt("install", "-qq", "-y", "--no-install-recommends", *packages, until=until):
         wanted = " ".join(packages)
         raise Missing(
-            f"{wanted} could not be installed, apt-get says: {said} When that is mended: apt-get install {wanted}"
+            f"{wanted} could not be installed; apt-get says: {said.rstrip('.')}. When that is mended: apt-get install {wanted}"
         )
 
 

@@ -64,14 +64,14 @@ def test_a_lock_that_is_never_given_back_is_one_sentence(apt, monkeypatch):
     with pytest.raises(debian.Missing) as missing:
         debian.program("chromium", packages=("chromium",))
     assert str(missing.value) == (
-        "chromium could not be installed, apt-get says: E: Could not get lock /var/lib/dpkg/lock-frontend. It is held by "
-        "process 7 (apt) When that is mended: apt-get install chromium"
+        "chromium could not be installed; apt-get says: E: Could not get lock /var/lib/dpkg/lock-frontend. It is held by "
+        "process 7 (apt). When that is mended: apt-get install chromium"
     )
 
 
 def test_another_failure_is_not_waited_for(apt):
     asked = apt("echo 'E: Unable to locate package' >&2; exit 100")
-    with pytest.raises(debian.Missing, match="E: Unable to locate package When that is mended"):
+    with pytest.raises(debian.Missing, match="E: Unable to locate package. When that is mended"):
         debian.program("spin", packages=("spin", "gcc"))
     assert asked() == ["update", "install"]
 
