@@ -37,9 +37,9 @@ def _found(names: tuple[str, ...]) -> str | None:
 def _install(packages: tuple[str, ...], until: float) -> None:
     _apt("update", "-qq", until=until)  # if that fails, what is known of packages may still do
     if said := _apt("install", "-qq", "-y", "--no-install-recommends", *packages, until=until):
-        wanted = " ".join(packages)
+        wanted, said = " ".join(packages), said.removesuffix(".")
         raise Missing(
-            f"{wanted} could not be installed; apt-get says: {said.rstrip('.')}. When that is mended: apt-get install {wanted}"
+            f"{wanted} could not be installed; apt-get says: {said}. When that is mended: apt-get install {wanted}"
         )
 
 

@@ -71,7 +71,7 @@ def test_a_lock_that_is_never_given_back_is_one_sentence(apt, monkeypatch):
 
 def test_another_failure_is_not_waited_for(apt):
     asked = apt("echo 'E: Unable to locate package' >&2; exit 100")
-    with pytest.raises(debian.Missing, match="E: Unable to locate package. When that is mended"):
+    with pytest.raises(debian.Missing, match=r"E: Unable to locate package\. When that is mended"):
         debian.program("spin", packages=("spin", "gcc"))
     assert asked() == ["update", "install"]
 
