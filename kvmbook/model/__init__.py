@@ -1,17 +1,17 @@
 """What KVM and the CPU do: an executable model, in the kernel's own names. It knows nobody else in this package.
 
-Read it from the ground up: one word (`arrays`, `spte`); memory (`tlb`, `memslots`, `page_tables`, `host`); the machine
-(`hardware`, `kernel`, `machine`); what happens (`access_tracking`, `huge_pages`, `wrprot`, `faults`, `memory_regions`,
-`dirty_log`); and the front door (`vm`, `invariants`). For readers of the kernel; the other wings take what stands below.
+Read it from the ground up: a word (`spte`; `compiled` and `arrays` ask a million); memory (`tlb`, `memslots`, `page_tables`,
+`host`); the machine (`hardware`, `kernel`, `machine`); what happens (`access_tracking`, `huge_pages`, `wrprot`, `faults`,
+`memory_regions`, `dirty_log`); and the front door (`vm`, `invariants`). The other wings take what stands below.
 """
 
 from kvmbook.model.access_tracking import ClearFlushYoung, ClearYoung, InvalidateRange
-from kvmbook.model.arrays import ALL_BITS, BLOCK, SPTE_BASE_ADDR_MASK, Spte, Truth
+from kvmbook.model.arrays import ALL_BITS, BLOCK, SPTE_BASE_ADDR_MASK, each
 from kvmbook.model.dirty_log import ClearDirtyLog, GetDirtyLog, ResetDirtyRings
-from kvmbook.model.faults import ACCESSES, Outcome, PageFault
+from kvmbook.model.faults import Outcome, PageFault
 from kvmbook.model.hardware import Hardware
 from kvmbook.model.host import USER_BASE
-from kvmbook.model.invariants import check, saved_bits, writable_chain
+from kvmbook.model.invariants import check, check_leaf
 from kvmbook.model.kernel import FlushPolicy, FlushRule, Kernel
 from kvmbook.model.machine import Event, Machine, Operation, VcpuState, step
 from kvmbook.model.memory_regions import SetUserMemoryRegion, kvm_mmu_slot_apply_flags
@@ -28,6 +28,7 @@ from kvmbook.model.memslots import (
     to_words,
 )
 from kvmbook.model.spte import (
+    ACCESSES,
     EPT_RWX_MASK,
     PAGE_SHIFT,
     PG_LEVEL_4K,

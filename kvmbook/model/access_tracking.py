@@ -9,39 +9,32 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-
-from kvmbook.model.arrays import Spte
 from kvmbook.model.machine import Machine, Operation, step
 from kvmbook.model.memslots import MemorySlot
-from kvmbook.model.spte import PG_LEVEL_4K, Changed, pages_per_level
+from kvmbook.model.spte import PG_LEVEL_4K
 
 
 def kvm_age_gfn(m: Machine, start: int, end: int) -> bool:
     """Age the gfns of [start, end), huge pages as one. Returns whether any was young.
     Source: mmu/mmu.c: kvm_age_gfn(), mmu/tdp_mmu.c: kvm_tdp_mmu_age_gfn_range(), v5.19."""
-    visited = m.update_rmap_leaves(start, end, m.fmt.mmu_spte_age) + m.update_tdp_leaves(start, end, m.fmt.mmu_spte_age)
-    return any(np.any(aged.young) for _, aged in visited)
+    young = m.update_rmap_leaves(start, end, m.fmt.mmu_spte_age)
+    return m.update_tdp_leaves(start, end, m.fmt.mmu_spte_age) or young
 
 
 def kvm_test_age_gfn(m: Machine, start: int, end: int) -> bool:
     """Whether any gfn of [start, end) is young. Changes nothing.
     Source: mmu/mmu.c: kvm_test_age_gfn(), mmu/tdp_mmu.c: test_age_gfn(), v5.19."""
-    return any(
-        m.fmt.is_accessed_spte(spte)
-        for _, gfn, level, spte in m.page_tables.leaves()
-        if gfn < end and start < gfn + pages_per_level(level)
-    )
+    return any(m.fmt.is_accessed_spte(spte) for _, _, _, spte in m.page_tables.leaves(start, end))
 
 
 def kvm_unmap_gfn_range(m: Machine, start: int, end: int) -> bool:
     """Zap the leaves over [start, end). Returns whether there were any.
     Source: mmu/mmu.c: kvm_unmap_gfn_range(), mmu/tdp_mmu.c: kvm_tdp_mmu_zap_leafs(), v5.19."""
-
-    def zap(spte: Spte) -> Changed:
-        return Changed(spte & 0, True)
-
-    return bool(m.update_rmap_leaves(start, end, zap) + m.update_tdp_leaves(start, end, zap))
+    leaves = list(m.page_tables.leaves(start, end))
+    for sptep, _, _, spte in leaves:
+        m.tell_host(spte, 0)
+        m.page_tables.write(sptep, 0)
+    return bool(leaves)
 
 
 @dataclass(eq=False)
@@ -65,6 +58,14 @@ class Notifier(Operation):
     def where(self) -> int:
         return self.start
 
+    @step(lock="write")
+    def kvm_flush_remote_tlbs(self, m: Machine) -> str | None:
+        """Before unlocking, if there was a reason."""
+        if not self.result:
+            return "nothing was mapped"
+        m.kvm_flush_remote_tlbs()
+        return None
+
 
 @dataclass(eq=False)
 class ClearYoung(Notifier):
@@ -74,29 +75,22 @@ class ClearYoung(Notifier):
 
     steps = ("kvm_age_gfn",)
 
-    @step(lock="write")
+    @step(lock="write", keeps=True)
     def kvm_age_gfn(self, m: Machine) -> str:
         self.result = kvm_age_gfn(m, self.start, self.end)
         return "young" if self.result else "old"
 
 
 @dataclass(eq=False)
-class ClearFlushYoung(Notifier):
+class ClearFlushYoung(ClearYoung):
     """Age, and flush before unlocking if something was young (until v6.12).
     Source: virt/kvm/kvm_main.c: kvm_mmu_notifier_clear_flush_young(), v5.19."""
 
-    steps = ("kvm_age_gfn", "kvm_flush_remote_tlbs")
-
     @step(lock="write", keeps=True)
     def kvm_age_gfn(self, m: Machine) -> str:
-        self.result = kvm_age_gfn(m, self.start, self.end)
-        if not (self.result and m.kernel.clear_flush_young_flushes):
-            self.todo.clear()
-        return "young" if self.result else "old"
-
-    @step(lock="write")
-    def kvm_flush_remote_tlbs(self, m: Machine) -> None:
-        m.kvm_flush_remote_tlbs()
+        said = super().kvm_age_gfn(m)
+        self.todo = ["kvm_flush_remote_tlbs"] * (self.result and m.kernel.clear_flush_young_flushes)
+        return said
 
 
 @dataclass(eq=False)
@@ -114,22 +108,24 @@ class TestYoung(Notifier):
 @dataclass(eq=False)
 class InvalidateRange(Notifier):
     """The host is about to change its mapping: zap, flush before unlocking, and until the end of the call make faults on
-    these gfns retry. Source: virt/kvm/kvm_main.c: kvm_mmu_notifier_invalidate_range_start(),
-    kvm_mmu_notifier_invalidate_range_end(), v5.19."""
+    these gfns retry, and memslots wait to be published.
+    Source: virt/kvm/kvm_main.c: kvm_mmu_notifier_invalidate_range_start(), kvm_mmu_notifier_invalidate_range_end(), v5.19."""
 
-    steps = ("kvm_unmap_gfn_range", "kvm_flush_remote_tlbs", "invalidate_range_end")
+    steps: ClassVar[tuple[str, ...]] = ("kvm_unmap_gfn_range", "kvm_flush_remote_tlbs", "invalidate_range_end")
+
+    def begin(self, m: Machine) -> None:
+        super().begin(m)
+        self.todo = list(self.steps)  # it counts as active also where no slot is, yet
+
+    @property
+    def active(self) -> bool:
+        """Whether it has begun. Source: include/linux/kvm_host.h: mn_active_invalidate_count (of struct kvm), v5.19."""
+        return len(self.todo) < len(self.steps)
 
     @step(lock="write", keeps=True)
     def kvm_unmap_gfn_range(self, m: Machine) -> None:
         m.invalidating.append((self.start, self.end))
         self.result = kvm_unmap_gfn_range(m, self.start, self.end)
-
-    @step(lock="write")
-    def kvm_flush_remote_tlbs(self, m: Machine) -> str | None:
-        if not self.result:
-            return "nothing was mapped"
-        m.kvm_flush_remote_tlbs()
-        return None
 
     @step(lock="write")
     def invalidate_range_end(self, m: Machine) -> None:
@@ -138,12 +134,12 @@ class InvalidateRange(Notifier):
 
 
 @dataclass(eq=False)
-class ChangePte(Notifier):
-    """The host put another frame behind one page (KSM): follow it, read-only, or zap if the new page is writable.
-    Both flush before unlocking, if there was anything.
-    Source: mmu/mmu.c: kvm_set_spte_gfn(), virt/kvm/kvm_main.c: kvm_mmu_notifier_change_pte(), v5.19 (gone since v6.10)."""
+class ChangePte(InvalidateRange):
+    """The host puts another frame behind one page (KSM), between the beginning and the end of an invalidation: so
+    change_pte() finds no SPTE that could follow. The next access faults.
+    Source: virt/kvm/kvm_main.c: kvm_mmu_notifier_change_pte(), v5.19 (gone since v6.10)."""
 
-    steps = ("kvm_set_spte_gfn", "kvm_flush_remote_tlbs")
+    steps = ("kvm_unmap_gfn_range", "kvm_flush_remote_tlbs", "change_pte", "invalidate_range_end")
 
     slot: MemorySlot
     writable: bool
@@ -155,22 +151,6 @@ class ChangePte(Notifier):
                 f"gfn {self.start:#x} is part of a host page of level {level}; only 4K pages change this way"
             )
 
-    @step(lock="write", keeps=True)
-    def kvm_set_spte_gfn(self, m: Machine) -> None:
-        page = m.host.replace(self.slot.hva(self.start), self.writable)
-        m.mmu_notifier_seq += 1
-        if self.writable:
-            if not kvm_unmap_gfn_range(m, self.start, self.end):
-                self.todo.clear()
-            return
-
-        def follow(spte: Spte) -> Changed:
-            return Changed(m.fmt.kvm_mmu_changed_pte_notifier_make_spte(spte, page.pfn), True)
-
-        rmaps = m.update_rmap_leaves(self.start, self.end, follow)
-        if not m.update_tdp_leaves(self.start, self.end, follow) and not rmaps:
-            self.todo.clear()
-
-    @step(lock="write")
-    def kvm_flush_remote_tlbs(self, m: Machine) -> None:
-        m.kvm_flush_remote_tlbs()
+    @step()
+    def change_pte(self, m: Machine) -> None:
+        m.host.replace(self.slot.hva(self.start), self.writable)

@@ -12,15 +12,9 @@ import numpy as np
 
 from kvmbook.model import wrprot
 from kvmbook.model.machine import Machine, Operation, step
-from kvmbook.model.memslots import (
-    KVM_ADDRESS_SPACE_NUM,
-    KVM_USER_MEM_SLOTS,
-    MemorySlot,
-    bit_offsets,
-    refuse,
-    to_bits,
-    to_words,
-)
+from kvmbook.model.memslots import MemorySlot, bit_offsets, fits, refuse, to_bits, to_words
+
+NO_SLOT = MemorySlot(0, 0, 0, 0, 0)  # before it is looked up
 
 
 @dataclass(eq=False)
@@ -32,7 +26,7 @@ class DirtyLogOperation(Operation):
     """
 
     slot_number: int
-    slot: MemorySlot | None = field(default=None, init=False)
+    slot: MemorySlot = field(default=NO_SLOT, init=False)
     words: list[int] = field(default_factory=list, init=False)
     taken: list[int] = field(default_factory=list, init=False)
     word_gfns: list[int] = field(default_factory=list, init=False)
@@ -43,34 +37,32 @@ class DirtyLogOperation(Operation):
 
     def find_slot(self, m: Machine, first_page: int = 0) -> MemorySlot:
         """The slot, or OSError ENXIO, EINVAL or ENOENT."""
-        as_id, slot_id = self.slot_number >> 16, self.slot_number & 0xFFFF
         if m.dirty_ring_size:
             raise refuse(errno.ENXIO, "this VM logs to dirty rings: there is no bitmap")
-        if not 0 <= as_id < KVM_ADDRESS_SPACE_NUM or slot_id >= KVM_USER_MEM_SLOTS:
-            raise refuse(errno.EINVAL, f"address space {as_id}, slot {slot_id}: there is no such number")
+        slot = m.memslots.find(self.slot_number, m.hardware.address_spaces)
         if first_page % 64:
             raise refuse(errno.EINVAL, f"first_page {first_page} is not a multiple of 64")
-        slot = m.memslots.id_to_memslot(as_id, slot_id)
         if slot is None:
-            raise refuse(errno.ENOENT, f"there is no slot {slot_id}")
+            raise refuse(errno.ENOENT, f"there is no slot {self.slot_number & 0xFFFF}")
         if slot.dirty_bitmap is None:
-            raise refuse(errno.ENOENT, f"slot {slot_id} does not log dirty pages")
+            raise refuse(errno.ENOENT, f"slot {slot.id} does not log dirty pages")
         return slot
 
     def covers(self, slot: MemorySlot, gfn: int) -> bool:
         """A taken bit is news until user space has it."""
-        return self.slot is not None and slot.id == self.slot.id and slot.as_id == self.slot.as_id and gfn in self.taken
+        return slot.number == self.slot.number and gfn in self.taken
 
     @property
     def live(self) -> np.ndarray:
-        assert self.slot is not None and self.slot.dirty_bitmap is not None
-        row: np.ndarray = self.slot.dirty_bitmap[0]
-        return row
+        return self._row(0)
 
     @property
     def buffer(self) -> np.ndarray:
-        assert self.slot is not None and self.slot.dirty_bitmap is not None
-        row: np.ndarray = self.slot.dirty_bitmap[1]
+        return self._row(1)
+
+    def _row(self, number: int) -> np.ndarray:
+        assert self.slot.dirty_bitmap is not None
+        row: np.ndarray = self.slot.dirty_bitmap[number]
         return row
 
     @step()
@@ -81,7 +73,6 @@ class DirtyLogOperation(Operation):
     @step(lock="write", keeps=True)
     def take_bits(self, m: Machine) -> str:
         """Exchange the next word: the bits that are asked for become 0 and are ours."""
-        assert self.slot is not None
         word = self.words.pop(0)
         ours = self.take_word(word)
         self.word_gfns = [self.slot.base_gfn + word * 64 + bit for bit in bit_offsets(ours)]
@@ -92,7 +83,6 @@ class DirtyLogOperation(Operation):
     @step(lock="write", keeps=True)
     def rearm(self, m: Machine) -> None:
         """Make the next write to those pages visible again."""
-        assert self.slot is not None
         wrprot.kvm_arch_mmu_enable_log_dirty_pt_masked(m, self.slot, self.word_gfns)
 
     def take_word(self, word: int) -> int:
@@ -107,14 +97,6 @@ class DirtyLogOperation(Operation):
         """Every vCPU forgets. Source: mmu/mmu.c, v5.19."""
         m.kvm_flush_remote_tlbs()
 
-    @step()
-    def copy_to_user(self, m: Machine) -> str:
-        """User space has the report, and will read those pages now: their writes so far are accounted for."""
-        assert self.slot is not None
-        if self.slot.as_id == 0:
-            m.written.difference_update(self.taken)
-        return f"{len(self.taken)} dirty"
-
 
 @dataclass(eq=False)
 class GetDirtyLog(DirtyLogOperation):
@@ -128,8 +110,8 @@ class GetDirtyLog(DirtyLogOperation):
     @step()
     def copy_live_bitmap(self, m: Machine) -> None:
         """Manual protect: nothing is cleared, protected or flushed."""
-        assert self.slot is not None
         self.result = to_bits(self.live.copy(), self.slot.npages)
+        m.tell(self.slot)
 
     @step(lock="write", keeps=True)
     def find_words(self, m: Machine) -> None:
@@ -144,9 +126,10 @@ class GetDirtyLog(DirtyLogOperation):
 
     @step()
     def copy_to_user(self, m: Machine) -> str:
-        assert self.slot is not None
+        """User space has the report, and will copy those pages now: their writes so far are accounted for."""
         self.result = to_bits(self.buffer.copy(), self.slot.npages)
-        return super().copy_to_user(m)
+        m.note_copies(self.slot, self.taken)
+        return f"{len(self.taken)} dirty"
 
 
 @dataclass(eq=False)
@@ -162,30 +145,39 @@ class ClearDirtyLog(DirtyLogOperation):
     bitmap: np.ndarray
 
     def begin(self, m: Machine) -> None:
-        first, count = self.first_page, self.num_pages
+        first, count = fits("first_page", self.first_page, 64), fits("num_pages", self.num_pages, 32)
         slot = self.find_slot(m, first)
-        if not 0 <= first <= slot.npages or not 0 <= count <= slot.npages - first:
+        if first > slot.npages or count > slot.npages - first:
             raise refuse(errno.EINVAL, f"pages {first}..{first + count - 1} reach beyond the slot's {slot.npages}")
         if count % 64 and first + count != slot.npages:
             raise refuse(errno.EINVAL, f"num_pages {count} is neither a multiple of 64 nor up to the slot's end")
-        bits = np.asarray(self.bitmap, bool)
-        if bits.shape != (count,):
-            raise refuse(errno.EFAULT, f"a bitmap of shape {bits.shape} cannot be read as {count} pages")
-        self.slot, self.bitmap = slot, bits
+        self.slot, self.bitmap = slot, np.asarray(self.bitmap, bool)
         self.todo = ["kick", "copy_from_user"]
 
     @step()
-    def copy_from_user(self, m: Machine) -> None:
-        """Put the request into the second half of the bitmap."""
+    def copy_from_user(self, m: Machine) -> str | None:
+        """Put the request into the second half of the bitmap; only now it is seen whether it can be read."""
+        if self.bitmap.shape != (self.num_pages,):
+            why = f"a bitmap of shape {self.bitmap.shape} cannot be read as {self.num_pages} pages"
+            self.refusal = refuse(errno.EFAULT, why)
+            return "refused"
         words, first = to_words(self.bitmap), self.first_page // 64
         self.buffer[first : first + words.size] = words
         self.words = (first + np.flatnonzero(words)).tolist()
         self.todo = ["take_bits"] if self.words else self.ending(False)
+        return None
 
     def take_word(self, word: int) -> int:
         ours = int(self.buffer[word] & self.live[word])
         self.live[word] &= ~self.buffer[word]
         return ours
+
+    @step()
+    def copy_to_user(self, m: Machine) -> str:
+        """User space will copy the pages of which a GET has told it. If a bit was cleared of which it was not told, the write
+        behind it is lost: nobody will ever name that page."""
+        m.note_copies(self.slot, m.take_told(self.slot, self.taken))
+        return f"{len(self.taken)} dirty"
 
 
 @dataclass(eq=False)
@@ -208,7 +200,7 @@ class ResetDirtyRings(Operation):
         self.todo = ["kvm_dirty_ring_reset"]
 
     def covers(self, slot: MemorySlot, gfn: int) -> bool:
-        return (slot.as_id << 16 | slot.id, gfn - slot.base_gfn) in self.taken
+        return (slot.number, gfn - slot.base_gfn) in self.taken
 
     @step(lock="write")
     def kvm_dirty_ring_reset(self, m: Machine) -> str:
@@ -225,7 +217,7 @@ class ResetDirtyRings(Operation):
             if batch:
                 break
         if batch:
-            slot = m.memslots.id_to_memslot(batch[0][0] >> 16, batch[0][0] & 0xFFFF)
+            slot = m.memslots.find(batch[0][0], m.hardware.address_spaces)
             pages = sorted({offset for _, offset in batch})
             if slot is not None and pages[-1] < slot.npages:
                 wrprot.kvm_arch_mmu_enable_log_dirty_pt_masked(m, slot, [slot.base_gfn + page for page in pages])
@@ -242,9 +234,9 @@ class ResetDirtyRings(Operation):
 
     @step()
     def return_to_user_space(self, m: Machine) -> None:
-        """User space reads the pages after the reset: their writes so far are accounted for."""
+        """User space will copy the harvested pages now: their writes so far are accounted for."""
         self.result = len(self.taken)
         for slot_number, offset in self.taken:
-            slot = m.memslots.id_to_memslot(slot_number >> 16, slot_number & 0xFFFF)
-            if slot is not None and slot.as_id == 0:
-                m.written.discard(slot.base_gfn + offset)
+            slot = m.memslots.find(slot_number, m.hardware.address_spaces)
+            if slot is not None:
+                m.note_copies(slot, [slot.base_gfn + offset])

@@ -6,20 +6,23 @@ part; when it is over the guest tries again.
 
 from __future__ import annotations
 
+import errno
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
+from itertools import groupby, takewhile
+from typing import Any, ClassVar
 
 from kvmbook.model.access_tracking import kvm_unmap_gfn_range
 from kvmbook.model.host import HostPage
 from kvmbook.model.huge_pages import kvm_mmu_max_mapping_level
 from kvmbook.model.machine import Machine, Operation, VcpuState, step
-from kvmbook.model.memslots import MemorySlot
+from kvmbook.model.memslots import MemorySlot, refuse
 from kvmbook.model.page_tables import Found, Root, Sptep
-from kvmbook.model.spte import PG_LEVEL_4K, PT_WRITABLE_MASK, REMOVED_SPTE, pages_per_level
+from kvmbook.model.spte import ACCESSES, PG_LEVEL_4K, PT_WRITABLE_MASK, REMOVED_SPTE, Made, pages_per_level
 from kvmbook.model.tlb import TlbEntry
 
-ACCESSES = ("read", "write", "fetch")
+PTE_PREFETCH_NUM = 8
 
 
 class Outcome(Enum):
@@ -95,7 +98,7 @@ def _fill(m: Machine, vcpu: VcpuState, kind: str, gfn: int, root: Root, found: F
         m.page_tables.write(found.sptep, spte)
     rights = fmt.hardware_rights(spte)
     dirty = not has_ad or spte & fmt.shadow_dirty_mask != 0
-    vcpu.tlb.fill(root.name, gfn, TlbEntry(fmt.pfn(spte), found.level, *rights, dirty=rights.write and dirty))
+    vcpu.tlb.fill(root.name, gfn, TlbEntry(fmt.spte_to_pfn(spte), found.level, *rights, dirty=rights.write and dirty))
     m.counters.walks += 1
     return _done(m, vcpu, kind, gfn, Outcome.WALK)
 
@@ -105,7 +108,7 @@ def _violation(m: Machine, vcpu: VcpuState, kind: str, gfn: int, root: Root, pre
     vcpu.tlb.drop(root.name, gfn)
     m.vcpu_exit(vcpu)
     outcome = _done(m, vcpu, kind, gfn, Outcome.FAULT)
-    vcpu.fault = m.start(PageFault(vcpu.id, kind, gfn, root, present))
+    vcpu.fault = m.start(PageFault(gfn, vcpu.id, kind, root, present))
     return outcome
 
 
@@ -120,21 +123,71 @@ def _done(m: Machine, vcpu: VcpuState, kind: str, gfn: int, outcome: Outcome) ->
 
 
 @dataclass(eq=False)
-class PageFault(Operation):
+class GuestAccess(Operation):
+    """KVM reaches for a page of guest memory. ``slot`` and ``generation`` are as of its beginning: that is why publishing a
+    memslot must wait for it."""
+
+    gfn: int
+    slot: MemorySlot | None = field(default=None, init=False)
+    generation: int = field(default=0, init=False)
+
+    def begin(self, m: Machine) -> None:
+        self.slot = m.memslots.gfn_to_memslot(self.gfn)
+        self.generation = m.memslots.generation
+
+    @property
+    def where(self) -> int:
+        return self.gfn
+
+    @step(lock="write")
+    def do_wp_page(self, m: Machine) -> str | None:
+        """The host breaks copy-on-write: another frame, and its notifiers make KVM zap the old one, and flush if it was
+        mapped. Source: mm/memory.c, v5.19."""
+        assert self.slot is not None
+        if m.host.lookup(self.slot.hva(self.gfn)).writable:
+            return "another fault did it"
+        m.host.replace(self.slot.hva(self.gfn), writable=True)
+        if kvm_unmap_gfn_range(m, self.gfn, self.gfn + 1):
+            m.kvm_flush_remote_tlbs()
+        m.mmu_notifier_seq += 1
+        return None
+
+
+@dataclass(eq=False)
+class WriteGuest(GuestAccess):
+    """KVM writes the page itself and marks it dirty, on a vCPU's behalf or (None) on nobody's. It does not ask whether a
+    dirty ring is soft-full: the reserved entries are for that. OSError EFAULT where there is no memory to write.
+    Source: virt/kvm/kvm_main.c: kvm_vcpu_write_guest(), kvm_write_guest(), v5.19."""
+
+    actor: ClassVar[str] = "KVM"
+
+    vcpu: int | None
+
+    def begin(self, m: Machine) -> None:
+        super().begin(m)
+        if self.slot is None or self.slot.readonly or self.slot.invalid:
+            raise refuse(errno.EFAULT, f"gfn {self.gfn:#x} lies in no slot, or in one that is read-only or about to go")
+        copy_on_write = not m.host.lookup(self.slot.hva(self.gfn)).writable
+        self.todo = ["do_wp_page"] * copy_on_write + ["kvm_write_guest"]
+
+    @step()
+    def kvm_write_guest(self, m: Machine) -> None:
+        m.note_write(self.gfn)
+        m.mark_page_dirty_in_slot(self.slot, self.gfn, None if self.vcpu is None else m.vcpus[self.vcpu])
+
+
+@dataclass(eq=False)
+class PageFault(GuestAccess):
     """One EPT violation or page fault under way, from the exit to the entry.
 
-    ``present``: the translation that faulted allowed something. ``slot`` and ``generation`` are as of the exit: that is
-    why publishing a memslot must wait for it. ``result`` becomes the Outcome.
+    ``present``: the translation that faulted allowed something. ``result`` becomes the Outcome.
     Source: mmu/mmu_internal.h: struct kvm_page_fault, mmu/mmu.c: direct_page_fault(), v5.19.
     """
 
     vcpu: int
     kind: str
-    gfn: int
     root: Root
     present: bool
-    slot: MemorySlot | None = None
-    generation: int = 0
     retries: int = 0
     sptep: Sptep | None = None
     old_spte: int = 0
@@ -143,8 +196,7 @@ class PageFault(Operation):
     page: HostPage | None = None
 
     def begin(self, m: Machine) -> None:
-        self.slot = m.memslots.gfn_to_memslot(self.gfn)
-        self.generation = m.memslots.generation
+        super().begin(m)
         self.todo = ["fast_page_fault"] if self._may_be_fast(m) else ["kvm_faultin_pfn"]
         if self.kind == "write" and self.present and self.gfn in m.write_tracked:
             self.todo = ["x86_emulate_instruction"]
@@ -158,10 +210,6 @@ class PageFault(Operation):
     @property
     def who(self) -> str:
         return f"KVM for vCPU{self.vcpu}"
-
-    @property
-    def where(self) -> int:
-        return self.gfn
 
     def covers(self, slot: MemorySlot, gfn: int) -> bool:
         """The fast path marks the page after it made the SPTE writable; another vCPU may write in between."""
@@ -226,7 +274,7 @@ class PageFault(Operation):
 
     def _allowed(self, m: Machine, spte: int) -> bool:
         """Source: mmu/mmu.c: is_access_allowed(), v5.19."""
-        return bool(m.fmt.hardware_rights(spte).allow(self.kind))
+        return m.fmt.hardware_rights(spte).allow(self.kind)
 
     # ---- the slow path: mmu_lock for read in the TDP MMU, for write in the legacy MMU -------------------------------
 
@@ -247,22 +295,8 @@ class PageFault(Operation):
         self.page = m.host.lookup(self.slot.hva(self.gfn))
         self.todo = ["make_spte"]
         if self.kind == "write" and not self.page.writable:
-            self.todo = ["do_wp_page"]
+            self.todo = ["do_wp_page", "kvm_faultin_pfn"]
             return "the host maps it read-only"
-        return None
-
-    @step(lock="write")
-    def do_wp_page(self, m: Machine) -> str | None:
-        """The host breaks copy-on-write: another frame, and its notifiers make KVM zap the old one, and flush if it was
-        mapped. Source: mm/memory.c, v5.19."""
-        assert self.slot is not None
-        self.todo = ["kvm_faultin_pfn"]
-        if m.host.lookup(self.slot.hva(self.gfn)).writable:
-            return "another fault did it"
-        m.host.replace(self.slot.hva(self.gfn), writable=True)
-        if kvm_unmap_gfn_range(m, self.gfn, self.gfn + 1):
-            m.kvm_flush_remote_tlbs()
-        m.mmu_notifier_seq += 1
         return None
 
     @step(lock="fault", keeps=True)
@@ -286,20 +320,19 @@ class PageFault(Operation):
             self.sptep, self.old_spte = m.page_tables.entry_at(self.root, self.gfn, goal), 0
             over = m.page_tables.read(self.sptep) if self.root.tdp_mmu else 0
             m.drop_table(self.sptep)
-        made = m.fmt.make_spte(
-            self.page.pfn & -pages_per_level(goal),
-            level=goal,
-            ad_type=m.fmt.tdp_ad_type(self.root.ad_disabled, self.root.guest_mode, bool(m.hardware.cpu_dirty_log_size)),
-            old_spte=over,
-            host_writable=self.page.writable and not self.slot.readonly,
-            write_tracked=self.gfn in m.write_tracked,
-            nx_huge_pages=m.nx_huge_pages,
-        )
+        host_writable = self.page.writable and not self.slot.readonly
+        pfn = self.page.pfn & -pages_per_level(goal)
+        made = self._leaf(m, self.gfn, pfn, level=goal, old_spte=over, host_writable=host_writable)
         self.new_spte = made.spte
         if m.fmt.is_writable_pte(made.spte):
             m.mark_page_dirty_in_slot(self.slot, self.gfn, m.vcpus[self.vcpu])
         self.todo = ["set_spte"] + ["x86_emulate_instruction"] * (made.wrprot and self.kind == "write")
         return None
+
+    def _leaf(self, m: Machine, gfn: int, pfn: int, **how: Any) -> Made:
+        ad_type = m.fmt.tdp_ad_type(self.root.ad_disabled, self.root.guest_mode, bool(m.hardware.pml_entries))
+        tracked = gfn in m.write_tracked
+        return m.fmt.make_spte(pfn, ad_type=ad_type, write_tracked=tracked, nx_huge_pages=m.nx_huge_pages, **how)
 
     def _goal_level(self, m: Machine) -> int:
         """4K in a slot that logs, and for a fetch if huge pages are never executable; else as large as may be.
@@ -344,9 +377,31 @@ class PageFault(Operation):
         m.tell_host(now, self.new_spte)
         if update.flush and not self.root.tdp_mmu:
             m.kvm_flush_remote_tlbs()
+        if m.kernel.neighbour_prefetch and not self.root.tdp_mmu and now != self.new_spte:
+            self._direct_pte_prefetch(m)
         if not self.todo:
             self._over(m, Outcome.SLOW_FAULT)
         return "spurious" if now == self.new_spte else None
+
+    def _direct_pte_prefetch(self, m: Machine) -> None:
+        """Also map those of the eight aligned neighbours that are not mapped: old, as nobody has accessed them. Never in a
+        slot that logs, and only where A bits will tell. The first run of neighbours that has no such memory ends it.
+        Source: mmu/mmu.c: direct_pte_prefetch(), direct_pte_prefetch_many(), v5.19."""
+        assert self.sptep is not None
+        table, first = m.page_tables.tables[self.sptep.table], self.sptep.entry & -PTE_PREFETCH_NUM
+        if self.root.ad_disabled or not table.direct or table.level > PG_LEVEL_4K or m.invalidating:
+            return
+        for mapped, run in groupby(range(first, first + PTE_PREFETCH_NUM), lambda entry: bool(table.sptes[entry])):
+            gfns = [table.gfn(entry) for entry in run]
+            slot = m.memslots.gfn_to_memslot(gfns[0])
+            if mapped:
+                continue
+            if slot is None or slot.invalid or slot.logs_dirty or gfns[-1] not in slot:
+                return
+            pages = [m.host.lookup(slot.hva(gfn)) for gfn in gfns]
+            for gfn, page in takewhile(lambda backed: backed[1].writable, zip(gfns, pages, strict=True)):
+                spte = self._leaf(m, gfn, page.pfn, prefetch=True, host_writable=not slot.readonly).spte
+                m.page_tables.write(Sptep(table.pfn, table.index(gfn)), spte)
 
     def _table_is_gone(self, m: Machine) -> bool:
         """Whether another fault, which also holds the lock for read, removed the table; if so, try again."""
@@ -357,15 +412,19 @@ class PageFault(Operation):
         return gone
 
     @step()
-    def x86_emulate_instruction(self, m: Machine) -> None:
+    def x86_emulate_instruction(self, m: Machine) -> str | None:
         """KVM does the write itself, and knows it. Source: arch/x86/kvm/x86.c, v5.19."""
-        slot = m.memslots.gfn_to_memslot(self.gfn)
+        self.slot = slot = m.memslots.gfn_to_memslot(self.gfn)
         if slot is None or slot.invalid or slot.readonly:
             self._over(m, Outcome.MMIO)
-            return
-        m.mark_page_dirty_in_slot(slot, self.gfn, m.vcpus[self.vcpu])
-        m.note_write(self.gfn)
-        self._over(m, Outcome.EMULATED)
+        elif not m.host.lookup(slot.hva(self.gfn)).writable:
+            self.todo = ["do_wp_page", "x86_emulate_instruction"]
+            return "the host maps it read-only"
+        else:
+            m.note_write(self.gfn)
+            m.mark_page_dirty_in_slot(slot, self.gfn, m.vcpus[self.vcpu])
+            self._over(m, Outcome.EMULATED)
+        return None
 
 
 def complete(m: Machine, vcpu: VcpuState, kind: str, gfn: int, root: Root) -> Outcome:

@@ -14,7 +14,9 @@ PML_ENTITY_NUM = 512
 class Hardware:
     """One kind of CPU. ``tdp``: it translates guest addresses itself (EPT, NPT). ``tdp_mmu``: KVM keeps its tables in
     the TDP MMU (else in the legacy MMU, with rmaps). ``pml_entries``: length of the page-modification log, 0 without.
-    Source: arch/x86/kvm/mmu.h: is_tdp_mmu_enabled() (the field ``tdp_mmu``), v5.19.
+    ``smm``: system management mode, for which guest memory has a second address space.
+    Source: arch/x86/kvm/mmu.h: is_tdp_mmu_enabled() (the field ``tdp_mmu``), arch/x86/include/asm/kvm_host.h:
+    cpu_dirty_log_size (the field ``pml_entries``), KVM_ADDRESS_SPACE_NUM (the field ``smm``), v5.19.
     """
 
     format: SpteFormat
@@ -22,17 +24,14 @@ class Hardware:
     tdp_mmu: bool = True
     pml_entries: int = 0
     maxphyaddr: int = 46
+    smm: bool = True
 
     def __post_init__(self) -> None:
         if self.tdp_mmu and not self.tdp:
             raise ValueError("the TDP MMU needs two-dimensional paging: shadow paging has rmaps only")
-        if self.pml_entries and not (
-            self.tdp and self.format.kvm_ad_enabled and self.format.shadow_dirty_mask == 1 << 9
-        ):
+        has_pml = self.tdp and self.format.kvm_ad_enabled and self.format.shadow_dirty_mask == 1 << 9
+        if self.pml_entries and not has_pml:
             raise ValueError("PML needs EPT with A/D bits: the CPU logs a page when it sets D")
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Hardware:
-        return self
 
     @classmethod
     def ept(cls, ad_bits: bool = True, pml: bool = False, tdp_mmu: bool = True) -> Hardware:
@@ -54,10 +53,15 @@ class Hardware:
         return replace(self, **changes)
 
     @property
-    def cpu_dirty_log_size(self) -> int:
-        """How many entries the CPU's own dirty log has; 0 = no PML.
-        Source: arch/x86/include/asm/kvm_host.h: cpu_dirty_log_size (of struct kvm_x86_ops), v5.19."""
-        return self.pml_entries
+    def address_spaces(self) -> int:
+        """How many address spaces a VM's memory slots have."""
+        return 2 if self.smm else 1
+
+    @property
+    def gpa_bits(self) -> int:
+        """The width of the guest-physical addresses that can be mapped. Shadow tables are walked by the guest's virtual
+        addresses, so without TDP the CPU's own width is no limit. Source: arch/x86/kvm/mmu.h: kvm_mmu_max_gfn(), v5.19."""
+        return self.maxphyaddr if self.tdp else 52
 
     @property
     def name(self) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from kvmbook.model.machine import Machine
 from kvmbook.model.memslots import MemorySlot
 from kvmbook.model.page_tables import Sptep
@@ -38,9 +36,9 @@ def tdp_mmu_split_huge_pages(m: Machine, start: int, end: int) -> None:
     """Split each huge TDP MMU leaf over [start, end) down to 4K, without a flush: the parts allow what the whole did.
     Source: mmu/tdp_mmu.c: tdp_mmu_split_huge_pages_root(), v5.19."""
     for level in range(KVM_MAX_HUGEPAGE_LEVEL, PG_LEVEL_4K, -1):
-        for table, span, leaf in m.page_tables.tdp_leaves(start, end, min_level=level, max_level=level):
-            for index in np.flatnonzero(leaf):
-                m.page_tables.split(Sptep(table.pfn, span.start + int(index)), m.nx_huge_pages)
+        for table, leaves in m.page_tables.tdp_leaves(start, end, min_level=level, max_level=level):
+            for index in leaves.tolist():
+                m.page_tables.split(Sptep(table.pfn, index), m.nx_huge_pages)
 
 
 def shadow_mmu_split_huge_pages(m: Machine, start: int, end: int) -> None:
@@ -52,12 +50,13 @@ def shadow_mmu_split_huge_pages(m: Machine, start: int, end: int) -> None:
 
 
 def zap_collapsible_rmap_sptes(m: Machine, slot: MemorySlot) -> bool:
-    """Drop the legacy MMU's 4K leaves that could be part of a huge page; later faults map it. Returns whether to flush.
+    """Drop the legacy MMU's leaves that could be part of a larger page, where their table shadows none of the guest's; later
+    faults map it. Returns whether to flush.
     Source: mmu/mmu.c: kvm_mmu_zap_collapsible_spte(), v5.19."""
-    dropped = False
-    for sptep in m.page_tables.rmap_leaves(slot.base_gfn, slot.end_gfn, max_level=PG_LEVEL_4K):
+    dropped, max_level = False, PG_LEVEL_2M if m.kernel.recovers_2m_rmaps else PG_LEVEL_4K
+    for sptep in m.page_tables.rmap_leaves(slot.base_gfn, slot.end_gfn, max_level=max_level):
         table = m.page_tables.tables[sptep.table]
-        if table.root.direct and kvm_mmu_max_mapping_level(m, slot, table.gfn(sptep.entry)) > PG_LEVEL_4K:
+        if table.direct and table.level < kvm_mmu_max_mapping_level(m, slot, table.gfn(sptep.entry)):
             m.tell_host(m.page_tables.read(sptep), 0)
             m.page_tables.write(sptep, 0)
             dropped = True
@@ -67,8 +66,8 @@ def zap_collapsible_rmap_sptes(m: Machine, slot: MemorySlot) -> bool:
 def zap_collapsible_tdp_sptes(m: Machine, slot: MemorySlot) -> None:
     """Cut off each TDP MMU table whose pages could be one huge page, flush, and free it.
     Source: mmu/tdp_mmu.c: zap_collapsible_spte_range(), v5.19."""
-    for table, span, leaf in m.page_tables.tdp_leaves(slot.base_gfn, slot.end_gfn, max_level=PG_LEVEL_2M):
-        first = table.gfn(span.start + int(np.argmax(leaf)))
+    for table, leaves in m.page_tables.tdp_leaves(slot.base_gfn, slot.end_gfn, max_level=PG_LEVEL_2M):
+        first = table.gfn(int(leaves[0]))
         level = kvm_mmu_max_mapping_level(m, slot, first)
         if level > table.level and table.pfn in m.page_tables.tables:
             m.drop_table(m.page_tables.entry_at(table.root, first, level))

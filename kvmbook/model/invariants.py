@@ -10,36 +10,36 @@ from collections.abc import Callable
 
 from kvmbook.model.machine import Machine
 from kvmbook.model.memslots import MemorySlot
-from kvmbook.model.spte import EPT_RWX_MASK, PG_LEVEL_4K, SHADOW_ACC_TRACK_SAVED_MASK, pages_per_level
+from kvmbook.model.spte import EPT_RWX_MASK, PG_LEVEL_4K, SHADOW_ACC_TRACK_SAVED_MASK, SpteFormat, pages_per_level
 
 
-def writable_chain(m: Machine) -> None:
-    """W needs MMU-writable, and MMU-writable needs host-writable."""
-    for _, _, _, spte in m.page_tables.leaves():
-        m.fmt.check_spte_writable_invariants(spte)
+def check_leaf(fmt: SpteFormat, gfn: int, spte: int) -> None:
+    """W needs MMU-writable, and MMU-writable needs host-writable. Saved R and X bits are found only in a type-1 SPTE with
+    R = W = X = 0."""
+    fmt.check_spte_writable_invariants(spte)
+    if fmt.shadow_acc_track_mask and spte & SHADOW_ACC_TRACK_SAVED_MASK:
+        assert not fmt.spte_ad_enabled(spte), f"gfn {gfn:#x}: saved R/X bits in an SPTE that has A/D bits"
+        assert not spte & EPT_RWX_MASK, f"gfn {gfn:#x}: saved R/X bits in an accessible SPTE"
 
 
-def saved_bits(m: Machine) -> None:
-    """Saved R and X bits are found only in a type-1 SPTE with R = W = X = 0."""
-    for _, gfn, _, spte in m.page_tables.leaves():
-        if m.fmt.shadow_acc_track_mask and spte & SHADOW_ACC_TRACK_SAVED_MASK:
-            assert not m.fmt.spte_ad_enabled(spte), f"gfn {gfn:#x}: saved R/X bits in an SPTE that has A/D bits"
-            assert not spte & EPT_RWX_MASK, f"gfn {gfn:#x}: saved R/X bits in an accessible SPTE"
+def leaves_are_legal(m: Machine) -> None:
+    """See `check_leaf`."""
+    for _, _, gfn, spte in m.page_tables.leaves():
+        check_leaf(m.fmt, gfn, spte)
 
 
 def key_invariant(m: Machine) -> None:
     """If some TLB lets a CPU write a gfn, the gfn's SPTE is MMU-writable, or its zapper has yet to flush."""
     for vcpu in m.vcpus:
         for root, gfn, entry in vcpu.tlb.writable():
-            pages = pages_per_level(entry.level)
-            found = [leaf for leaf in m.page_tables.leaves() if leaf[0].name == root]
-            over = [(g, level, s) for _, g, level, s in found if g < gfn + pages and gfn < g + pages_per_level(level)]
-            for g, _, spte in over:
-                in_flight = any(op.lock == "write" or op.needs_slots_lock for op in m.in_flight)
-                assert m.fmt.is_mmu_writable_spte(spte) or in_flight, (
-                    f"{vcpu.name} may write gfn {g:#x}, but its SPTE {spte:#018x} is not MMU-writable"
-                )
-            mapped = sum(min(pages, pages_per_level(level)) for _, level, _ in over)
+            pages, mapped = pages_per_level(entry.level), 0
+            for _, table, first, spte in m.page_tables.leaves(gfn, gfn + pages):
+                if table.root.name == root:
+                    mapped += min(pages, pages_per_level(table.level))
+                    in_flight = any(op.lock == "write" or op.needs_slots_lock for op in m.in_flight)
+                    assert m.fmt.is_mmu_writable_spte(spte) or in_flight, (
+                        f"{vcpu.name} may write gfn {first:#x}, but its SPTE {spte:#018x} is not MMU-writable"
+                    )
             assert mapped == pages or m.in_flight, f"{vcpu.name} may write gfn {gfn:#x}, but it was zapped: no flush"
 
 
@@ -55,10 +55,12 @@ def writable_means_marked(m: Machine) -> None:
     """In a slot that logs, a leaf that lets the guest write without a trace is marked: W=1 where W tells, D=1 where D does.
     No leaf above 4K is writable, unless enabling left all pages marked instead (INITIALLY_SET)."""
     for slot in logged_slots(m):
-        for _, gfn, level, spte in m.page_tables.leaves():
-            if gfn in slot and m.fmt.is_writable_pte(spte) and not (m.initially_set and level > PG_LEVEL_4K):
-                assert level == PG_LEVEL_4K, f"gfn {gfn:#x} is mapped writable by a huge page although its slot logs"
-                by_d = m.hardware.cpu_dirty_log_size and not m.fmt.spte_ad_need_write_protect(spte)
+        for _, table, gfn, spte in m.page_tables.leaves(slot.base_gfn, slot.end_gfn):
+            if m.fmt.is_writable_pte(spte) and not (m.initially_set and table.level > PG_LEVEL_4K):
+                assert table.level == PG_LEVEL_4K, (
+                    f"gfn {gfn:#x} is mapped writable by a huge page although its slot logs"
+                )
+                by_d = m.hardware.pml_entries and not m.fmt.spte_ad_need_write_protect(spte)
                 if not by_d or spte & m.fmt.shadow_dirty_mask:
                     assert m.knows_of_write(slot, gfn), f"gfn {gfn:#x}: SPTE {spte:#018x} allows writes, not marked"
 
@@ -83,8 +85,7 @@ def logged_slots(m: Machine) -> list[MemorySlot]:
 
 
 INVARIANTS: tuple[Callable[[Machine], None], ...] = (
-    writable_chain,
-    saved_bits,
+    leaves_are_legal,
     key_invariant,
     writable_means_marked,
     no_tlb_writes_unseen,

@@ -14,16 +14,16 @@ from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import numpy as np
 
-from kvmbook.model.arrays import Spte
+from kvmbook.model.arrays import each
 from kvmbook.model.hardware import Hardware
 from kvmbook.model.host import HostMemory
 from kvmbook.model.kernel import Kernel
-from kvmbook.model.memslots import DirtyRing, MemorySlot, Memslots
+from kvmbook.model.memslots import DirtyRing, MemorySlot, Memslots, to_bits, to_words
 from kvmbook.model.page_tables import PageTables, Root, Sptep
 from kvmbook.model.spte import KVM_MAX_HUGEPAGE_LEVEL, PG_LEVEL_4K, SpteFormat
 from kvmbook.model.tlb import Tlb
 
-Rule = Callable[[Spte], Any]  # a helper of SpteFormat: an SPTE to a named tuple whose .spte is the new one
+Rule = Callable[[int], Any]  # a helper of SpteFormat: an SPTE to a named tuple of the new one and an answer
 StepFunction = TypeVar("StepFunction", bound=Callable[..., str | None])
 
 
@@ -70,7 +70,8 @@ def step(lock: str | None = None, keeps: bool = False) -> Callable[[StepFunction
 @dataclass(eq=False)
 class Operation:
     """Something under way that other CPUs can interrupt. ``todo`` names the steps to come, in order; each is a method
-    marked by `step`. A step may change ``todo``: that is how an operation decides and how it repeats."""
+    marked by `step`. A step may change ``todo``: that is how an operation decides and how it repeats. ``refusal`` is
+    raised when the last step is done."""
 
     actor: ClassVar[str] = "user space"
 
@@ -93,7 +94,10 @@ class Operation:
     @step()
     def mutex_lock(self, m: Machine) -> None:
         """slots_lock is free now; only now can the arguments be checked."""
-        self.begin(m)
+        try:
+            self.begin(m)
+        except (OSError, ValueError) as refusal:
+            self.todo, self.refusal = [], refusal
 
     @property
     def who(self) -> str:
@@ -127,6 +131,14 @@ class Operation:
         return False
 
 
+class Visit(NamedTuple):
+    """What a pass makes of one leaf: the new SPTE, the helper's answer, and whether the leaf was dirty and is no longer."""
+
+    spte: int
+    yes: bool
+    was_dirty: bool
+
+
 # ---- the state -------------------------------------------------------------------------------------------------------
 
 
@@ -155,9 +167,12 @@ class Machine:
 
     ``pages_per_step``: how many pages one step of a slot-wide pass takes; None = all. ``fast_retries``: how often the
     fast path tries again when the SPTE changed under it (fast_page_fault(), v5.19). ``mmu_notifier_seq`` and
-    ``invalidating`` are what makes a fault retry that raced with the host. ``written`` and ``watched`` are not KVM's:
-    they are the truth that the log is held against. ``watched`` has the slots whose log user space relies on, since
-    enabling returned; ``written`` the gfns of those slots that were written since their last report.
+    ``invalidating`` are what makes a fault retry that raced with the host.
+
+    The last three are not KVM's: they are the truth that the log is held against. User space copies a page when it was told
+    that the page is dirty, and KVM has armed it again. ``watched`` has the slots whose log it relies on, since enabling
+    returned; ``written`` the gfns of those slots that were written and not copied since; ``told``, for manual protect, the
+    bits of which a GET has told it and that no CLEAR has taken (with INITIALLY_SET it knows of all at first).
     """
 
     hardware: Hardware
@@ -181,10 +196,11 @@ class Machine:
     mmu_notifier_seq: int = 0
     invalidating: list[tuple[int, int]] = field(default_factory=list)
     write_tracked: set[int] = field(default_factory=set)
-    written: set[int] = field(default_factory=set)
-    watched: set[tuple[int, int]] = field(default_factory=set)
     counters: Counters = field(default_factory=Counters)
     log: list[Event] = field(default_factory=list)
+    watched: set[tuple[int, int]] = field(default_factory=set)
+    written: set[int] = field(default_factory=set)
+    told: dict[int, np.ndarray] = field(default_factory=dict)  # by the slot's number: words, as of a bitmap
 
     # ---- running operations -----------------------------------------------------------------------------------------
 
@@ -203,7 +219,8 @@ class Machine:
         return operation
 
     def step(self, operation: Operation) -> None:
-        """Do the next step of an operation in flight. Raises ValueError if it must wait for others, or is over."""
+        """Do the next step of an operation in flight. Raises ValueError if it must wait for others, or is over; after its
+        last step, what it was refused with."""
         if operation not in self.in_flight:
             raise ValueError(f"{type(operation).__name__} is not in flight: it was not started here, or is over")
         name = operation.todo[0]
@@ -213,19 +230,14 @@ class Machine:
         operation.lock = operation.lock or operation.wants_lock(name)
         del operation.todo[0]
         self.record(operation.who, name, where)
-        try:
-            note = method(self)
-        except (OSError, ValueError) as refusal:
-            if name == "mutex_lock":  # it is over, and has changed nothing
-                operation.refusal = refusal
-                self.in_flight.remove(operation)
-            raise
-        if note:
+        if note := method(self):
             self.log[logged] = self.log[logged]._replace(note=note)
         if not (getattr(method, "keeps") and operation.todo and operation.wants_lock(operation.todo[0])):
             operation.lock = None
         if not operation.todo:
             self.in_flight.remove(operation)
+            if operation.refusal is not None:
+                raise operation.refusal
 
     def run(self, operation: Operation) -> Any:
         """Do all steps that an operation has left, and return its result. Where it must wait, those it waits for go on. A
@@ -261,7 +273,7 @@ class Machine:
         if vcpu.guest_mode:
             return
         logged, vcpu.pml = vcpu.pml, []
-        for gfn in logged:
+        for gfn in logged if self.kernel.pml_drains_oldest_first else reversed(logged):
             self.mark_page_dirty_in_slot(self.memslots.gfn_to_memslot(gfn), gfn, vcpu)
 
     def kick_all(self) -> None:
@@ -284,32 +296,37 @@ class Machine:
 
     def update_tdp_leaves(
         self, start: int, end: int, rule: Rule, min_level: int = PG_LEVEL_4K, max_level: int = KVM_MAX_HUGEPAGE_LEVEL
-    ) -> list[tuple[Spte, Any]]:
-        """Apply a helper of `SpteFormat` to each present TDP MMU leaf over [start, end). Returns (SPTEs before, answer)
-        for each table, as arrays."""
-        visited = []
-        for table, span, leaf in self.page_tables.tdp_leaves(start, end, min_level, max_level):
-            sptes = table.sptes[span]
-            old = sptes[leaf]
-            answer = rule(old)
-            sptes[leaf] = answer.spte
-            self.tell_host(old, answer.spte)
-            visited.append((old, answer))
-        return visited
+    ) -> bool:
+        """Apply a helper of `SpteFormat` to each present TDP MMU leaf over [start, end). Whether it said yes to one."""
+        yes = False
+        for table, leaves in self.page_tables.tdp_leaves(start, end, min_level, max_level):
+            old = table.sptes[leaves]
+            visits = each(self._visit(rule), old)
+            table.sptes[leaves] = visits.spte
+            self.host.dirty.update(map(self.fmt.spte_to_pfn, old[visits.was_dirty].tolist()))
+            yes = yes or bool(visits.yes.any())
+        return yes
 
     def update_rmap_leaves(
         self, start: int, end: int, rule: Rule, min_level: int = PG_LEVEL_4K, max_level: int = KVM_MAX_HUGEPAGE_LEVEL
-    ) -> list[tuple[Spte, Any]]:
-        """The same for the legacy MMU's leaves, one SPTE at a time.
+    ) -> bool:
+        """The same for the legacy MMU's leaves.
         Source: mmu/mmu.c: slot_handle_level(), slot_handle_level_4k(), v5.19."""
-        visited = []
+        yes = False
         for sptep in self.page_tables.rmap_leaves(start, end, min_level, max_level):
             old = self.page_tables.read(sptep)
-            answer = rule(old)
-            self.page_tables.write(sptep, answer.spte)
-            self.tell_host(old, answer.spte)
-            visited.append((old, answer))
-        return visited
+            visit = self._visit(rule)(old)
+            self.page_tables.write(sptep, visit.spte)
+            self.tell_host(old, visit.spte)
+            yes = yes or visit.yes
+        return yes
+
+    def _visit(self, rule: Rule) -> Callable[[int], Visit]:
+        def visit(old: int) -> Visit:
+            new, yes, *_ = rule(old)
+            return Visit(new, bool(yes), self._stops_being_dirty(old, new))
+
+        return visit
 
     def drop_table(self, sptep: Sptep) -> None:
         """Cut off a table with all that hangs below it, flush, and give the tables back."""
@@ -320,16 +337,21 @@ class Machine:
         self.page_tables.free(freed)
 
     def zap_all(self) -> None:
-        """Drop every tree of the VM, and flush. Source: mmu/mmu.c: kvm_mmu_zap_all_fast(), v5.19."""
+        """Drop every tree of the VM; flush if there was more than bare roots. (A bare root of the legacy MMU costs a flush
+        at the next entry of a vCPU, which frees it; the model does not count that one.)
+        Source: mmu/mmu.c: kvm_mmu_zap_all_fast(), v5.19."""
         for _, _, _, spte in self.page_tables.leaves():
             self.tell_host(spte, 0)
-        self.page_tables.zap_all()
-        self.kvm_flush_remote_tlbs()
+        if self.page_tables.zap_all():
+            self.kvm_flush_remote_tlbs()
 
-    def tell_host(self, old: Spte, new: Spte) -> None:
-        """Mark the host's frame dirty when an SPTE stops being dirty. This is ``struct page``, not the dirty bitmap."""
-        ended = self.fmt.is_dirty_spte(old) & (self.fmt.is_dirty_spte(new) == 0)
-        self.host.dirty.update(np.ravel(self.fmt.pfn(np.asarray(old, np.uint64)[np.asarray(ended)])).tolist())
+    def tell_host(self, old: int, new: int) -> None:
+        """Mark the host's frame dirty if an SPTE stops being dirty. This is ``struct page``, not the dirty bitmap."""
+        if self._stops_being_dirty(old, new):
+            self.host.dirty.add(self.fmt.spte_to_pfn(old))
+
+    def _stops_being_dirty(self, old: int, new: int) -> bool:
+        return self.fmt.is_dirty_spte(old) and not self.fmt.is_dirty_spte(new)
 
     # ---- dirty pages ------------------------------------------------------------------------------------------------
 
@@ -343,30 +365,56 @@ class Machine:
     def pml_on(self) -> bool:
         """Whether vCPUs run with PML switched on: some slot logs.
         Source: arch/x86/kvm/vmx/vmx.c: vmx_update_cpu_dirty_logging(), v5.19."""
-        return bool(self.hardware.cpu_dirty_log_size) and self.nr_memslots_dirty_logging > 0
+        return bool(self.hardware.pml_entries) and self.nr_memslots_dirty_logging > 0
 
     def mark_page_dirty_in_slot(self, slot: MemorySlot | None, gfn: int, vcpu: VcpuState | None) -> None:
-        """Log a write, if the slot logs: in the running vCPU's ring if rings are used, else in the bitmap.
-        Source: virt/kvm/kvm_main.c, v5.19."""
+        """Log a write, if the slot logs: in the running vCPU's ring if rings are used, else in the bitmap. What nobody can
+        be told is dropped, with a warning. Source: virt/kvm/kvm_main.c, v5.19."""
         if slot is None or not slot.logs_dirty:
             return
-        if self.dirty_ring_size:
-            if vcpu is None or vcpu.dirty_ring is None:
-                raise ValueError("with dirty rings a page can be marked only on behalf of a running vCPU")
+        if vcpu is None and (self.dirty_ring_size or not self.kernel.marks_without_vcpu):
+            self.record("KVM", "WARN", gfn, "dirty, but on no vCPU's behalf: the mark is dropped")
+        elif vcpu is not None and vcpu.dirty_ring is not None:
+            if vcpu.dirty_ring.full:
+                self.record("KVM", "WARN", gfn, "the dirty ring is full: its oldest entry is overwritten")
             vcpu.dirty_ring.push(slot, gfn)
         else:
             slot.set_bit(gfn)
 
     def watch(self, slot: MemorySlot) -> None:
-        """From now on user space relies on the slot's log."""
+        """From now on user space relies on the slot's log. With INITIALLY_SET it knows all bits by agreement."""
         self.unwatch(slot)
         self.watched.add((slot.as_id, slot.id))
+        if self.initially_set and slot.dirty_bitmap is not None:
+            self.tell(slot)
 
     def unwatch(self, slot: MemorySlot) -> None:
         """User space relies on it no longer."""
         self.watched.discard((slot.as_id, slot.id))
+        self.told.pop(slot.number, None)
         if slot.as_id == 0:
             self.written = {gfn for gfn in self.written if gfn not in slot}
+
+    def tell(self, slot: MemorySlot) -> None:
+        """User space has read the live bitmap, and the bits stay set."""
+        assert slot.dirty_bitmap is not None
+        self.told[slot.number] = self.told.get(slot.number, 0) | slot.dirty_bitmap[0]
+
+    def take_told(self, slot: MemorySlot, gfns: list[int]) -> list[int]:
+        """Those of ``gfns`` of which user space was told; their bits are gone now."""
+        if (told := self.told.get(slot.number)) is None:
+            return []
+        pages = np.array(gfns, np.int64) - slot.base_gfn
+        known = to_bits(told, slot.npages)
+        found = pages[known[pages]] + slot.base_gfn
+        known[pages] = False
+        self.told[slot.number] = to_words(known)
+        return [int(gfn) for gfn in found]
+
+    def note_copies(self, slot: MemorySlot, gfns: list[int]) -> None:
+        """User space copies these pages now. (vCPUs run in address space 0.)"""
+        if slot.as_id == 0:
+            self.written.difference_update(gfns)
 
     def note_write(self, gfn: int) -> None:
         """The guest's memory at ``gfn`` has changed. KVM may or may not know. (vCPUs run in address space 0.)"""
@@ -375,7 +423,7 @@ class Machine:
 
     def knows_of_write(self, slot: MemorySlot, gfn: int) -> bool:
         """Whether a bitmap, ring, PML buffer or operation in flight will bring ``gfn`` into a report."""
-        ring_entry = (slot.as_id << 16 | slot.id, gfn - slot.base_gfn)
+        ring_entry = (slot.number, gfn - slot.base_gfn)
         return (
             slot.test_bit(gfn)
             or any(gfn in vcpu.pml for vcpu in self.vcpus)
@@ -391,17 +439,15 @@ class Machine:
     # ---- state as a value -------------------------------------------------------------------------------------------
 
     def copy(self) -> Self:
-        """An independent copy of everything, operations in flight included. The log is copied shallowly."""
-        return copy.deepcopy(self, {id(self.log): list(self.log)})
+        """An independent copy of everything, operations in flight included. What never changes is shared."""
+        shared = (self.hardware, self.kernel, self.fmt, self.l1_root, self.l2_root)
+        return copy.deepcopy(self, {id(self.log): list(self.log), **{id(value): value for value in shared}})
 
     def state(self) -> Any:
         """A hashable value: machines with equal states have equal futures. (Not the other way round: numbers that only
         count up are in it too.) The log and the counters are not."""
         names = [f.name for f in fields(self) if f.name not in ("log", "counters", "kernel")]
         return id(self.kernel), freeze([getattr(self, name) for name in names])
-
-
-MachineType = TypeVar("MachineType", bound=Machine)
 
 
 def freeze(value: Any) -> Any:

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
-from kvmbook.model import huge_pages, wrprot
-from kvmbook.model.machine import Machine, Operation, step
-from kvmbook.model.memslots import Change, MemoryRegion, MemorySlot
-from kvmbook.model.spte import PG_LEVEL_2M, PG_LEVEL_4K
+from kvmbook.model import huge_pages
+from kvmbook.model.access_tracking import InvalidateRange
+from kvmbook.model.machine import Machine, Operation, Rule, step
+from kvmbook.model.memslots import Change, MemoryRegion, MemorySlot, check_width
+from kvmbook.model.spte import KVM_MAX_HUGEPAGE_LEVEL, PG_LEVEL_2M, PG_LEVEL_4K, Flushed
+
+PUBLICATIONS = ("kvm_invalidate_memslot", "kvm_swap_active_memslots", "kvm_activate_memslot")
 
 
 def kvm_mmu_slot_apply_flags(m: Machine, change: Change, old: MemorySlot | None, new: MemorySlot | None) -> list[str]:
@@ -20,7 +24,7 @@ def kvm_mmu_slot_apply_flags(m: Machine, change: Change, old: MemorySlot | None,
     Source: arch/x86/kvm/x86.c: kvm_mmu_slot_apply_flags(), v5.19 and v6.0.
     """
     logged, logs = bool(old and old.logs_dirty), bool(new and new.logs_dirty)
-    pml = bool(m.hardware.cpu_dirty_log_size)
+    pml = bool(m.hardware.pml_entries)
     switch_pml = ["kvm_mmu_update_cpu_dirty_logging"] * (pml and logged != logs)
     if change is not Change.FLAGS_ONLY or new is None or new.readonly:
         return switch_pml
@@ -61,20 +65,25 @@ class SetUserMemoryRegion(Operation):
 
     def begin(self, m: Machine) -> None:
         self.todo = []
-        self.change, self.old, new = m.memslots.classify(self.region, m.hardware.maxphyaddr)
+        self.change, self.old, self.new = m.memslots.classify(self.region, m.hardware.address_spaces)
         if self.change is Change.NONE:
             return
-        if new is not None and new.logs_dirty and not m.dirty_ring_size:
-            bitmap = self.old.dirty_bitmap if self.old is not None else None
-            new = replace(new, dirty_bitmap=new.new_bitmap(m.initially_set) if bitmap is None else bitmap)
-        self.new = new
-        publish = ["kvm_swap_active_memslots", "synchronize_srcu"]
         zap = ["kvm_invalidate_memslot", "synchronize_srcu", "kvm_mmu_zap_all_fast"]
-        self.todo = zap * (self.change in (Change.MOVE, Change.DELETE)) + publish + ["kvm_arch_commit_memory_region"]
+        publish = ["kvm_swap_active_memslots", "synchronize_srcu", "kvm_arch_commit_memory_region"]
+        if self.change is Change.MOVE:
+            self.todo = [*zap, "kvm_prepare_memory_region", *publish]
+        elif self.change is Change.DELETE:
+            self.todo = [*zap, *publish]
+        else:
+            self._prepare(m)  # nothing can have changed before it
+            self.todo = publish
 
     def waits_for(self, m: Machine, name: str) -> list[Operation]:
-        """After the publication nothing goes on before each fault that began with the old slot is over."""
+        """A publication waits until no invalidation of the host's is active. After it nothing goes on before each fault that
+        began with the old slot is over. Source: virt/kvm/kvm_main.c: kvm_swap_active_memslots(), v5.19."""
         blockers = super().waits_for(m, name)
+        if name in PUBLICATIONS:
+            blockers += [op for op in m.in_flight if isinstance(op, InvalidateRange) and op.active]
         if name == "synchronize_srcu" and m.kernel.srcu_grace_period:
             blockers += [
                 op for op in m.in_flight if getattr(op, "generation", m.memslots.generation) < m.memslots.generation
@@ -94,7 +103,6 @@ class SetUserMemoryRegion(Operation):
     def kvm_invalidate_memslot(self, m: Machine) -> None:
         """Replace the slot by an invalid copy, so that new faults keep off it. Source: virt/kvm/kvm_main.c, v5.19."""
         assert self.old is not None
-        m.unwatch(self.old)
         m.memslots.publish(replace(self.old, invalid=True), self.old.as_id, self.old.id)
 
     @step(lock="write")
@@ -107,10 +115,37 @@ class SetUserMemoryRegion(Operation):
             m.write_tracked -= {gfn for gfn in m.write_tracked if gfn in self.old}
 
     @step()
+    def kvm_prepare_memory_region(self, m: Machine) -> str | None:
+        """Only now a MOVE's address and memory are looked at. A refusal brings the old slot back, but not its SPTEs.
+        Source: virt/kvm/kvm_main.c, v5.19."""
+        try:
+            self._prepare(m)
+        except OSError as refusal:
+            self.refusal = refusal
+            self.todo = ["kvm_activate_memslot", "synchronize_srcu"]
+            return "refused"
+        return None
+
+    def _prepare(self, m: Machine) -> None:
+        new = self.new
+        assert new is not None
+        if new.logs_dirty and not m.dirty_ring_size:
+            bitmap = self.old.dirty_bitmap if self.old is not None else None
+            self.new = replace(new, dirty_bitmap=new.new_bitmap(m.initially_set) if bitmap is None else bitmap)
+        if self.change is not Change.FLAGS_ONLY:
+            check_width(new, m.hardware.gpa_bits)
+
+    @step()
+    def kvm_activate_memslot(self, m: Machine) -> None:
+        """The old slot is valid again. Source: virt/kvm/kvm_main.c, v5.19."""
+        assert self.old is not None
+        m.memslots.publish(self.old, self.old.as_id, self.old.id)
+
+    @step()
     def kvm_swap_active_memslots(self, m: Machine) -> None:
         """Publish: whoever looks a slot up from here on finds the new one. Source: virt/kvm/kvm_main.c, v5.19."""
-        if not (self.new and self.new.logs_dirty):
-            m.unwatch(self.slot)
+        if self.old is not None:
+            m.unwatch(self.old)
         m.memslots.publish(self.new, self.slot.as_id, self.slot.id)
 
     @step()
@@ -156,25 +191,33 @@ class SetUserMemoryRegion(Operation):
 
     @step(lock="write")
     def clear_dirty_rmap(self, m: Machine) -> str | None:
-        """The pass over the rmap side. Source: mmu/mmu.c: kvm_mmu_slot_leaf_clear_dirty(), v5.19."""
-        return self._pass(m, "clear_dirty_rmap", lambda a, b: wrprot.slot_rmap_clear_dirty(m, a, b))
+        """4K leaves only: the legacy MMU logs at no other size.
+        Source: mmu/mmu.c: kvm_mmu_slot_leaf_clear_dirty(), __rmap_clear_dirty(), v5.19."""
+        asks = m.kernel.flush.after_clear_dirty
+        return self._pass(
+            m, "clear_dirty_rmap", m.update_rmap_leaves, m.fmt.rmap_clear_dirty, asks, max_level=PG_LEVEL_4K
+        )
 
     @step(lock="read")
     def clear_dirty_tdp(self, m: Machine) -> str | None:
-        """The pass over the TDP side. Source: mmu/mmu.c: kvm_mmu_slot_leaf_clear_dirty(), v5.19."""
-        return self._pass(m, "clear_dirty_tdp", lambda a, b: wrprot.kvm_tdp_mmu_clear_dirty_slot(m, a, b))
+        """Leaves of every size. Source: mmu/mmu.c: kvm_mmu_slot_leaf_clear_dirty(), mmu/tdp_mmu.c:
+        kvm_tdp_mmu_clear_dirty_slot(), clear_dirty_gfn_range(), v5.19."""
+        asks = m.kernel.flush.after_clear_dirty
+        return self._pass(m, "clear_dirty_tdp", m.update_tdp_leaves, m.fmt.tdp_clear_dirty, asks)
 
     @step(lock="write")
     def write_protect_rmap(self, m: Machine) -> str | None:
-        """The pass over the rmap side. Source: mmu/mmu.c: kvm_mmu_slot_remove_write_access(), v5.19."""
-        level = self._start_level(m)
-        return self._pass(m, "write_protect_rmap", lambda a, b: wrprot.slot_rmap_write_protect(m, a, b, level))
+        """With PML from 2M up: 4K leaves are left writable, as D tells.
+        Source: mmu/mmu.c: kvm_mmu_slot_remove_write_access(), slot_rmap_write_protect(), v5.19."""
+        asks, level = m.kernel.flush.after_write_protect, self._start_level(m)
+        return self._pass(m, "write_protect_rmap", m.update_rmap_leaves, m.fmt.spte_write_protect, asks, level)
 
     @step(lock="read")
     def write_protect_tdp(self, m: Machine) -> str | None:
-        """The pass over the TDP side. Source: mmu/mmu.c: kvm_mmu_slot_remove_write_access(), v5.19."""
-        level = self._start_level(m)
-        return self._pass(m, "write_protect_tdp", lambda a, b: wrprot.kvm_tdp_mmu_wrprot_slot(m, a, b, level))
+        """The same. Source: mmu/mmu.c: kvm_mmu_slot_remove_write_access(), mmu/tdp_mmu.c: kvm_tdp_mmu_wrprot_slot(),
+        wrprot_gfn_range(), v5.19."""
+        asks, level = m.kernel.flush.after_write_protect, self._start_level(m)
+        return self._pass(m, "write_protect_tdp", m.update_tdp_leaves, m.fmt.tdp_wrprot, asks, level)
 
     @step()
     def flush_if_owed(self, m: Machine) -> str:
@@ -200,14 +243,28 @@ class SetUserMemoryRegion(Operation):
         return f"slot {self.slot.id}"
 
     def _start_level(self, m: Machine) -> int:
-        """With PML the 4K leaves are left writable: D tells."""
-        return PG_LEVEL_2M if m.hardware.cpu_dirty_log_size else PG_LEVEL_4K
+        return PG_LEVEL_2M if m.hardware.pml_entries else PG_LEVEL_4K
 
-    def _pass(self, m: Machine, name: str, visit: Callable[[int, int], bool]) -> str | None:
-        """Visit the next pages of the slot, all of them or ``pages_per_step``, and come back for the rest."""
+    def _pass(
+        self,
+        m: Machine,
+        name: str,
+        update: Callable[[int, int, Rule, int, int], bool],
+        helper: Rule,
+        asks: Callable[..., bool],
+        min_level: int = PG_LEVEL_4K,
+        max_level: int = KVM_MAX_HUGEPAGE_LEVEL,
+    ) -> str | None:
+        """Visit the next pages of the slot, all of them or ``pages_per_step``, and come back for the rest. Each leaf that the
+        ``helper`` has changed, or left alone, is shown to the flush rule's question ``asks``."""
+
+        def visit(old: int) -> Any:
+            new, answer = helper(old)
+            return Flushed(new, asks(m.fmt, old, new, answer))
+
         start = self.slot.base_gfn if self.cursor is None else self.cursor
         end = min(start + (m.pages_per_step or self.slot.npages), self.slot.end_gfn)
-        asked = visit(start, end)
+        asked = update(start, end, visit, min_level, max_level)
         self.flush |= asked
         self.cursor = None if end == self.slot.end_gfn else end
         if self.cursor is not None:

@@ -14,9 +14,8 @@ from kvmbook.model.spte import PAGE_SHIFT
 
 PAGE_SIZE = 1 << PAGE_SHIFT
 KVM_USER_MEM_SLOTS = 32764
-KVM_ADDRESS_SPACE_NUM = 2
 KVM_MEM_MAX_NR_PAGES = 2**31 - 1
-USER_ADDRESS_END = 1 << 47
+TASK_SIZE_MAX = (1 << 47) - PAGE_SIZE  # the last page below the hole belongs to nobody
 KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY = 1, 2
 
 KVM_DIRTY_RING_RSVD_ENTRIES = 64
@@ -49,6 +48,11 @@ class MemorySlot:
 
     def __contains__(self, gfn: int | None) -> bool:
         return gfn is not None and self.base_gfn <= gfn < self.end_gfn
+
+    @property
+    def number(self) -> int:
+        """What user space calls it: the id in the low 16 bits, the address space above."""
+        return self.as_id << 16 | self.id
 
     @property
     def end_gfn(self) -> int:
@@ -154,18 +158,25 @@ class Memslots:
             self.slots[as_id, slot_id] = slot
         self.generation += 1
 
-    def classify(self, region: MemoryRegion, maxphyaddr: int) -> tuple[Change, MemorySlot | None, MemorySlot | None]:
-        """Check ``region`` by the kernel's rules, in the kernel's order, and return (change, old slot, new slot).
+    def find(self, number: int, address_spaces: int) -> MemorySlot | None:
+        """The slot that user space calls ``number`` (32 bits); OSError EINVAL for numbers that no slot can have."""
+        as_id, slot_id = fits("slot", number, 32) >> 16, number & 0xFFFF
+        if as_id >= address_spaces or slot_id >= KVM_USER_MEM_SLOTS:
+            raise refuse(errno.EINVAL, f"address space {as_id}, slot {slot_id}: there is no such number")
+        return self.id_to_memslot(as_id, slot_id)
 
-        Raises OSError: EINVAL, EEXIST. Source: virt/kvm/kvm_main.c: __kvm_set_memory_region(),
-        arch/x86/kvm/x86.c: kvm_arch_prepare_memory_region(), v5.19.
+    def classify(
+        self, region: MemoryRegion, address_spaces: int
+    ) -> tuple[Change, MemorySlot | None, MemorySlot | None]:
+        """Check ``region`` by the kernel's rules, in the kernel's order, and return (change, old slot, new slot). One more
+        check comes later, see `check_width`.
+
+        Raises OSError: EINVAL, EEXIST. Source: virt/kvm/kvm_main.c: __kvm_set_memory_region(), v5.19.
         """
         for name, value in region._asdict().items():
-            if not 0 <= value < 1 << (32 if name in ("slot", "flags") else 64):
-                raise ValueError(f"{name} {value:#x} does not fit into struct kvm_userspace_memory_region")
+            fits(name, value, 32 if name in ("slot", "flags") else 64)
         as_id, slot_id = region.slot >> 16, region.slot & 0xFFFF
-        npages = region.memory_size >> PAGE_SHIFT
-        base_gfn = region.guest_phys_addr >> PAGE_SHIFT
+        npages, base_gfn = region.memory_size >> PAGE_SHIFT, region.guest_phys_addr >> PAGE_SHIFT
         if slot_id >= KVM_USER_MEM_SLOTS:
             raise refuse(errno.EINVAL, f"slot id {slot_id}: ids go from 0 to {KVM_USER_MEM_SLOTS - 1}")
         if region.flags & ~(KVM_MEM_LOG_DIRTY_PAGES | KVM_MEM_READONLY):
@@ -173,11 +184,12 @@ class Memslots:
         for name in ("memory_size", "guest_phys_addr", "userspace_addr"):
             if getattr(region, name) % PAGE_SIZE:
                 raise refuse(errno.EINVAL, f"{name} {getattr(region, name):#x} is not a multiple of {PAGE_SIZE}")
-        if region.userspace_addr + region.memory_size > USER_ADDRESS_END:
+        if region.userspace_addr + region.memory_size > TASK_SIZE_MAX:
             raise refuse(errno.EINVAL, f"userspace_addr {region.userspace_addr:#x}: the range leaves user space")
-        if as_id >= KVM_ADDRESS_SPACE_NUM:
-            raise refuse(errno.EINVAL, f"address space {as_id}: there are {KVM_ADDRESS_SPACE_NUM}")
-        if region.guest_phys_addr + region.memory_size > 1 << 64:
+        if as_id >= address_spaces:
+            there_are = "is one" if address_spaces == 1 else f"are {address_spaces}"
+            raise refuse(errno.EINVAL, f"address space {as_id}: there {there_are}")
+        if (region.guest_phys_addr + region.memory_size) % (1 << 64) < region.guest_phys_addr:
             raise refuse(errno.EINVAL, f"guest_phys_addr {region.guest_phys_addr:#x} + memory_size wraps around")
         if npages > KVM_MEM_MAX_NR_PAGES:
             raise refuse(errno.EINVAL, f"{npages} pages: a slot holds at most {KVM_MEM_MAX_NR_PAGES}")
@@ -187,31 +199,41 @@ class Memslots:
                 raise refuse(errno.EINVAL, f"memory_size 0 deletes, but there is no slot {slot_id}")
             return Change.DELETE, old, None
         new = MemorySlot(as_id, slot_id, base_gfn, npages, region.userspace_addr, region.flags)
-        change = Change.CREATE
-        if old is not None:
-            if new.userspace_addr != old.userspace_addr:
-                raise refuse(
-                    errno.EINVAL, f"slot {slot_id} lies at {old.userspace_addr:#x}; its user address cannot change"
-                )
-            if new.npages != old.npages:
-                raise refuse(errno.EINVAL, f"slot {slot_id} has {old.npages} pages; its size cannot change")
-            if new.readonly != old.readonly:
-                raise refuse(errno.EINVAL, f"slot {slot_id}: READONLY cannot be switched")
-            if new.base_gfn == old.base_gfn:
-                return (Change.NONE if new.flags == old.flags else Change.FLAGS_ONLY), old, new
-            change = Change.MOVE
-        for other in self.slots.values():
-            if (
-                other is not old
-                and other.as_id == as_id
-                and max(base_gfn, other.base_gfn) < min(new.end_gfn, other.end_gfn)
-            ):
-                raise refuse(errno.EEXIST, f"gfns {base_gfn:#x}..{new.end_gfn - 1:#x} overlap slot {other.id}")
-        if new.end_gfn - 1 >= 1 << (maxphyaddr - PAGE_SHIFT):
-            raise refuse(
-                errno.EINVAL, f"last gfn {new.end_gfn - 1:#x} lies above the host's {maxphyaddr}-bit addresses"
-            )
+        change = _change(old, new)
+        if change in (Change.CREATE, Change.MOVE):
+            for other in self.slots.values():
+                apart = new.end_gfn <= other.base_gfn or other.end_gfn <= base_gfn
+                if other is not old and other.as_id == as_id and not apart:
+                    raise refuse(errno.EEXIST, f"gfns {base_gfn:#x}..{new.end_gfn - 1:#x} overlap slot {other.id}")
         return change, old, new
+
+
+def _change(old: MemorySlot | None, new: MemorySlot) -> Change:
+    if old is None:
+        return Change.CREATE
+    if new.userspace_addr != old.userspace_addr:
+        raise refuse(errno.EINVAL, f"slot {old.id} lies at {old.userspace_addr:#x}; its user address cannot change")
+    if new.npages != old.npages:
+        raise refuse(errno.EINVAL, f"slot {old.id} has {old.npages} pages; its size cannot change")
+    if new.readonly != old.readonly:
+        raise refuse(errno.EINVAL, f"slot {old.id}: READONLY cannot be switched")
+    if new.base_gfn != old.base_gfn:
+        return Change.MOVE
+    return Change.NONE if new.flags == old.flags else Change.FLAGS_ONLY
+
+
+def check_width(slot: MemorySlot, gpa_bits: int) -> None:
+    """Refuse a slot that ends above what can be mapped. OSError EINVAL.
+    Source: arch/x86/kvm/x86.c: kvm_arch_prepare_memory_region(), v5.19."""
+    if slot.end_gfn - 1 >= 1 << (gpa_bits - PAGE_SHIFT):
+        raise refuse(errno.EINVAL, f"last gfn {slot.end_gfn - 1:#x} lies above the host's {gpa_bits}-bit addresses")
+
+
+def fits(name: str, value: int, bits: int) -> int:
+    """The value of an argument that is so many bits wide; ValueError for what user space could not even say."""
+    if not 0 <= value < 1 << bits:
+        raise ValueError(f"{name} {value:#x} does not fit into {bits} bits")
+    return value
 
 
 # ---- the dirty ring --------------------------------------------------------------------------------------------------
@@ -229,9 +251,9 @@ class DirtyGfn:
 
 @dataclass
 class DirtyRing:
-    """One vCPU's dirty ring of ``size`` entries; an entry that is free is not stored.
+    """One vCPU's dirty ring of ``size`` entries, by place; an entry that is free is not stored.
 
-    The two indices run on for ever; ``harvest_index`` is user space's own.
+    The indices run on for ever; ``harvest_index`` is user space's own.
     Source: include/linux/kvm_dirty_ring.h: struct kvm_dirty_ring, v5.19.
     """
 
@@ -244,21 +266,26 @@ class DirtyRing:
 
     @property
     def soft_full(self) -> bool:
-        """Whether the vCPU must not enter the guest: used entries reach size - 64 - CPU log size.
-        Source: virt/kvm/dirty_ring.c: kvm_dirty_ring_soft_full(), v5.19."""
+        """Whether the vCPU must not enter the guest: used entries reach size - 64 - CPU log size. The rest is reserved for
+        what KVM marks itself. Source: virt/kvm/dirty_ring.c: kvm_dirty_ring_soft_full(), v5.19."""
         limit = self.size - KVM_DIRTY_RING_RSVD_ENTRIES - self.cpu_dirty_log_size
         return self.dirty_index - self.reset_index >= limit
 
+    @property
+    def full(self) -> bool:
+        """Whether a push overwrites the oldest entry. Source: virt/kvm/dirty_ring.c: kvm_dirty_ring_full(), v5.19."""
+        return self.dirty_index - self.reset_index >= self.size
+
     def push(self, slot: MemorySlot, gfn: int) -> None:
         """Record one dirty page. Source: virt/kvm/dirty_ring.c: kvm_dirty_ring_push(), v5.19."""
-        assert len(self.entries) < self.size, "the dirty ring overflowed: the reserved entries were not enough"
-        self.entries[self.dirty_index] = DirtyGfn(1, slot.as_id << 16 | slot.id, gfn - slot.base_gfn)
+        self.entries[self.dirty_index % self.size] = DirtyGfn(1, slot.number, gfn - slot.base_gfn)
         self.dirty_index += 1
 
     def harvest(self) -> list[tuple[int, int]]:
-        """User space's part: take all dirty entries, oldest first, mark them harvested and return (slot, page number)s."""
+        """User space's part: take all dirty entries, oldest first, mark them harvested and return (slot, page number)s.
+        Pages are to be copied after KVM_RESET_DIRTY_RINGS, which arms them again."""
         taken = []
-        while (entry := self.entries.get(self.harvest_index)) is not None:
+        while (entry := self.entries.get(self.harvest_index % self.size)) is not None and entry.flags == 1:
             entry.flags = 2
             taken.append((entry.slot, entry.offset))
             self.harvest_index += 1
@@ -267,22 +294,24 @@ class DirtyRing:
     @property
     def next_harvested(self) -> tuple[int, int] | None:
         """The (slot, page number) of the oldest entry, if user space has harvested it."""
-        entry = self.entries.get(self.reset_index)
+        entry = self.entries.get(self.reset_index % self.size)
         return (entry.slot, entry.offset) if entry is not None and entry.flags & 2 else None
 
     def free_next(self) -> None:
         """The kernel's part of a reset: free the oldest entry."""
-        del self.entries[self.reset_index]
+        del self.entries[self.reset_index % self.size]
         self.reset_index += 1
 
     @staticmethod
-    def check_size(size_bytes: int, cpu_dirty_log_size: int) -> None:
-        """Refuse a bad ring size (bytes). OSError EINVAL or E2BIG.
-        Source: virt/kvm/kvm_main.c: kvm_vm_ioctl_enable_dirty_log_ring(), v5.19."""
-        if size_bytes <= 0 or size_bytes & (size_bytes - 1):
-            raise refuse(errno.EINVAL, f"a ring of {size_bytes} bytes: the size must be a power of two")
+    def check_size(size_bytes: int, cpu_dirty_log_size: int) -> int:
+        """Refuse a bad ring size (bytes); return what the kernel makes of it, whose argument has 32 bits. OSError EINVAL or
+        E2BIG. Source: virt/kvm/kvm_main.c: kvm_vm_ioctl_enable_dirty_log_ring(), v5.19."""
+        size = fits("size_bytes", size_bytes, 64) & 0xFFFF_FFFF
+        if size == 0 or size & (size - 1):
+            raise refuse(errno.EINVAL, f"a ring of {size} bytes: the size must be a power of two")
         least = max(PAGE_SIZE, (KVM_DIRTY_RING_RSVD_ENTRIES + cpu_dirty_log_size) * DIRTY_GFN_SIZE)
-        if size_bytes < least:
-            raise refuse(errno.EINVAL, f"a ring of {size_bytes} bytes: at least {least} are needed here")
-        if size_bytes > KVM_DIRTY_RING_MAX_ENTRIES * DIRTY_GFN_SIZE:
-            raise refuse(errno.E2BIG, f"a ring of {size_bytes} bytes: at most {KVM_DIRTY_RING_MAX_ENTRIES} entries")
+        if size < least:
+            raise refuse(errno.EINVAL, f"a ring of {size} bytes: at least {least} are needed here")
+        if size > KVM_DIRTY_RING_MAX_ENTRIES * DIRTY_GFN_SIZE:
+            raise refuse(errno.E2BIG, f"a ring of {size} bytes: at most {KVM_DIRTY_RING_MAX_ENTRIES} entries")
+        return size

@@ -8,14 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from kvmbook.model.arrays import SPTES_PER_TABLE
-from kvmbook.model.spte import KVM_MAX_HUGEPAGE_LEVEL, PG_LEVEL_4K, REMOVED_SPTE, SpteFormat, pages_per_level
+from kvmbook.model.arrays import each
+from kvmbook.model.spte import (
+    KVM_MAX_HUGEPAGE_LEVEL,
+    PG_LEVEL_1G,
+    PG_LEVEL_4K,
+    REMOVED_SPTE,
+    SPTES_PER_TABLE,
+    SpteFormat,
+    pages_per_level,
+)
 
-ROOT_LEVEL = 4
 FIRST_TABLE_PFN = 1 << 37
 
 
@@ -24,7 +31,8 @@ class Root:
     """One tree's role. ``ad_disabled``: hardware keeps no A/D bits in it. ``guest_mode``: it maps a nested guest's memory.
     ``direct``: no guest page tables are shadowed, so faults have a fast path. ``tdp_mmu``: else the legacy MMU's.
 
-    A nested guest's addresses equal L1's gfns in this model: L1 maps its guest one to one.
+    A nested guest's addresses equal L1's gfns in this model, and a guest's virtual addresses its gfns: shadowed page tables
+    map one to one, by 1G pages.
     Source: arch/x86/include/asm/kvm_host.h: union kvm_mmu_page_role, v5.19.
     """
 
@@ -33,9 +41,6 @@ class Root:
     guest_mode: bool = False
     direct: bool = True
     tdp_mmu: bool = True
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Root:
-        return self
 
 
 @dataclass
@@ -49,16 +54,22 @@ class PageTable:
     base_gfn: int
     sptes: np.ndarray = field(default_factory=lambda: np.zeros(SPTES_PER_TABLE, np.uint64))
 
+    @property
+    def direct(self) -> bool:
+        """Whether it shadows no guest page table. Below a guest's own huge page, tables are direct under any root."""
+        return self.root.direct or self.level < PG_LEVEL_1G
+
     def index(self, gfn: int) -> int:
         return (gfn - self.base_gfn) // pages_per_level(self.level)
 
     def gfn(self, index: int) -> int:
         return self.base_gfn + index * pages_per_level(self.level)
 
-    def span(self, start: int, end: int) -> slice:
-        """The entries from the one that covers ``start`` to the last that begins before ``end``."""
+    def mapped(self, start: int, end: int) -> np.ndarray:
+        """The indices of what is not 0, from the entry that covers ``start`` to the last that begins before ``end``."""
         first, last = self.index(start), -(-(end - self.base_gfn) // pages_per_level(self.level))
-        return slice(min(max(first, 0), SPTES_PER_TABLE), min(max(last, 0), SPTES_PER_TABLE))
+        first = max(first, 0)
+        return first + np.flatnonzero(self.sptes[first : max(last, 0)])
 
 
 class Sptep(NamedTuple):
@@ -82,6 +93,7 @@ class PageTables:
     Source: arch/x86/include/asm/kvm_host.h: struct kvm_rmap_head, v5.19."""
 
     fmt: SpteFormat
+    root_level: int
     tables: dict[int, PageTable] = field(default_factory=dict)
     roots: dict[Root, int] = field(default_factory=dict)
     rmaps: dict[tuple[int, int], list[Sptep]] = field(default_factory=dict)
@@ -108,13 +120,13 @@ class PageTables:
         table.sptes[sptep.entry] = spte
 
     def _maps_page(self, spte: int, level: int) -> bool:
-        return bool(self.fmt.is_shadow_present_pte(spte) and self.fmt.is_last_spte(spte, level))
+        return self.fmt.is_shadow_present_pte(spte) and self.fmt.is_last_spte(spte, level)
 
     def walk(self, root: Root, gfn: int, start: int | None = None) -> Found | None:
         """Read down from the root (or from the level-1 table in frame ``start``) to the leaf, or to the first entry that
         leads nowhere. None if there is no root yet. Source: mmu/mmu.c: fast_pf_get_last_sptep(), v5.19."""
         pfn = self.roots.get(root) if start is None else start
-        if pfn is None or not 0 <= gfn < pages_per_level(ROOT_LEVEL + 1):
+        if pfn is None or not 0 <= gfn < pages_per_level(self.root_level + 1):
             return None
         while True:
             table = self.tables[pfn]
@@ -122,20 +134,20 @@ class PageTables:
             spte = self.read(sptep)
             if not self.fmt.is_shadow_present_pte(spte) or self.fmt.is_last_spte(spte, table.level):
                 return Found(sptep, table.level, spte)
-            pfn = self.fmt.pfn(spte)
+            pfn = self.fmt.spte_to_pfn(spte)
 
     def entry_at(self, root: Root, gfn: int, level: int) -> Sptep:
         """The place of the entry of ``gfn`` at ``level``, which must have its tables above."""
         pfn = self.roots[root]
         while (table := self.tables[pfn]).level > level:
-            pfn = self.fmt.pfn(self.read(Sptep(pfn, table.index(gfn))))
+            pfn = self.fmt.spte_to_pfn(self.read(Sptep(pfn, table.index(gfn))))
         return Sptep(pfn, table.index(gfn))
 
     def descend(self, root: Root, gfn: int, level: int) -> Found:
         """Walk to the entry of ``gfn`` at ``level``, linking the tables that are missing. Stops early at a larger leaf
         and at a frozen entry."""
         if root not in self.roots:
-            self.roots[root] = self._new_table(root, ROOT_LEVEL, 0)
+            self.roots[root] = self._new_table(root, self.root_level, 0)
             self.shadow_root_allocated |= not root.tdp_mmu
         found = self.walk(root, gfn)
         assert found is not None
@@ -159,14 +171,11 @@ class PageTables:
 
     def split(self, sptep: Sptep, nx_huge_pages: bool) -> None:
         """Replace a huge leaf by a table of its 512 parts. Source: mmu/tdp_mmu.c: tdp_mmu_split_huge_page(), v5.19."""
-        parent = self.tables[sptep.table]
-        children = self.fmt.make_huge_page_split_spte(self.read(sptep), parent.level, nx_huge_pages)
+        parent, huge = self.tables[sptep.table], self.read(sptep)
         child = self._new_table(parent.root, parent.level - 1, parent.gfn(sptep.entry))
-        if parent.root.tdp_mmu:
-            self.tables[child].sptes[:] = children
-        else:
-            for index, spte in enumerate(children):
-                self.write(Sptep(child, index), int(spte))
+        for index in range(SPTES_PER_TABLE):
+            part = self.fmt.make_huge_page_split_spte(huge, parent.level, index, nx_huge_pages)
+            self.write(Sptep(child, index), part)
         self.link(sptep, child)
 
     def unlink(self, sptep: Sptep) -> tuple[list[int], list[int]]:
@@ -179,7 +188,7 @@ class PageTables:
             return [], []
         if self.fmt.is_last_spte(spte, level):
             return [], [spte]
-        child = self.fmt.pfn(spte)
+        child = self.fmt.spte_to_pfn(spte)
         freed, dropped = [child], []
         for index in np.flatnonzero(self.tables[child].sptes):
             below = self.unlink(Sptep(child, int(index)))
@@ -194,37 +203,38 @@ class PageTables:
         for pfn in frames:
             del self.tables[pfn]
 
-    def zap_all(self) -> None:
-        """Forget every tree. The caller flushes."""
+    def zap_all(self) -> bool:
+        """Forget every tree. Whether there was more than bare roots, so that the caller must flush."""
+        linked = len(self.tables) > len(self.roots)
         self.tables.clear()
         self.roots.clear()
         self.rmaps.clear()
+        return linked
 
     # ---- who maps these gfns ----------------------------------------------------------------------------------------
 
     def tdp_leaves(
         self, start: int, end: int, min_level: int = PG_LEVEL_4K, max_level: int = KVM_MAX_HUGEPAGE_LEVEL
-    ) -> list[tuple[PageTable, slice, np.ndarray]]:
-        """Return, for each TDP MMU table with leaves over gfns of [start, end) at these levels: the table, the slice of
-        its entries in question, and which of those are present leaves.
+    ) -> list[tuple[PageTable, np.ndarray]]:
+        """Return, for each TDP MMU table with leaves over gfns of [start, end) at these levels: the table, and their indices.
         Source: mmu/tdp_iter.h: for_each_tdp_pte_min_level(), v5.19."""
         found = []
-        for root, pfn in self.roots.items():
-            for table in self._tables_over(pfn, start, end) if root.tdp_mmu else ():
-                sptes = table.sptes[span := table.span(start, end)]
-                leaf = self.fmt.is_shadow_present_pte(sptes) & self.fmt.is_last_spte(sptes, table.level)
-                if min_level <= table.level <= max_level and leaf.any():
-                    found.append((table, span, leaf))
+        for table in [
+            t for root, pfn in self.roots.items() if root.tdp_mmu for t in self._tables_over(pfn, start, end)
+        ]:
+            if min_level <= table.level <= max_level:
+                mapped = table.mapped(start, end)
+                leaf = each(self._maps_page, table.sptes[mapped], table.level)
+                if leaf.any():
+                    found.append((table, mapped[leaf]))
         return found
 
     def _tables_over(self, pfn: int, start: int, end: int) -> Iterator[PageTable]:
         table = self.tables[pfn]
         yield table
-        span = table.span(start, end)
-        for index in np.flatnonzero(table.sptes[span]) if table.level > PG_LEVEL_4K else ():
-            spte = int(table.sptes[span.start + index])
+        for spte in table.sptes[table.mapped(start, end)].tolist() if table.level > PG_LEVEL_4K else ():
             if self.fmt.is_shadow_present_pte(spte) and not self.fmt.is_last_spte(spte, table.level):
-                yield from self._tables_over(self.fmt.pfn(spte), start, end)
+                yield from self._tables_over(self.fmt.spte_to_pfn(spte), start, end)
 
     def rmap_leaves(
         self, start: int, end: int, min_level: int = PG_LEVEL_4K, max_level: int = KVM_MAX_HUGEPAGE_LEVEL
@@ -241,11 +251,11 @@ class PageTables:
             sptes += (sptep for gfn in mapped for sptep in self.rmaps[level, gfn])
         return sptes
 
-    def leaves(self) -> Iterator[tuple[Root, int, int, int]]:
-        """Yield (root, first gfn, level, spte) of each present leaf, of both MMUs."""
+    def leaves(self, start: int = 0, end: int = 1 << 52) -> Iterator[tuple[Sptep, PageTable, int, int]]:
+        """Yield (place, table, first gfn, spte) of each present leaf of both MMUs that maps gfns of [start, end)."""
         for pfn in sorted(self.tables):
             table = self.tables[pfn]
-            for index in np.flatnonzero(table.sptes):
+            for index in table.mapped(start, end).tolist():
                 spte = int(table.sptes[index])
                 if self._maps_page(spte, table.level):
-                    yield table.root, table.gfn(int(index)), table.level, spte
+                    yield Sptep(pfn, index), table, table.gfn(index), spte

@@ -1,7 +1,6 @@
 """One 64-bit shadow page table entry (SPTE): its bits, and what KVM asks and does of them.
 
-Every function takes one ``int`` or a ``uint64`` array of any shape, and says the same of one word as of a million.
-That works because the formulas use only ``==``, ``!=``, ``&``, ``|``, ``^``, shifts and `where`.
+Every helper is a plain function of one word, as in the kernel; `each` asks one of a whole array.
 
 Names are the kernel's. Sources are files below ``arch/x86/kvm/mmu`` of Linux v5.19 unless a docstring says otherwise.
 "Present" without more words means MMU-present (bit 11): KVM's own mark, which hardware ignores.
@@ -10,15 +9,14 @@ Names are the kernel's. Sources are files below ``arch/x86/kvm/mmu`` of Linux v5
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
-
-from kvmbook.model.arrays import ALL_BITS, SPTE_BASE_ADDR_MASK, SPTES_PER_TABLE, Spte, Truth, by_word, where
+from kvmbook.model.arrays import ALL_BITS, SPTE_BASE_ADDR_MASK
 
 PG_LEVEL_4K, PG_LEVEL_2M, PG_LEVEL_1G = 1, 2, 3
 KVM_MAX_HUGEPAGE_LEVEL = PG_LEVEL_1G
 PAGE_SHIFT = 12
+SPTES_PER_TABLE = 512
 
 ACC_EXEC_MASK, ACC_WRITE_MASK, ACC_USER_MASK = 1, 2, 4
 ACC_ALL = 7
@@ -48,38 +46,38 @@ def pages_per_level(level: int) -> int:
 class Flushed(NamedTuple):
     """A new SPTE, and whether the helper asks its caller for a TLB flush."""
 
-    spte: Spte
-    flush: Truth
+    spte: int
+    flush: bool
 
 
 class Changed(NamedTuple):
     """A new SPTE, and whether the TDP MMU counts it as changed."""
 
-    spte: Spte
-    changed: Truth
+    spte: int
+    changed: bool
 
 
 class WasWritable(NamedTuple):
     """A new SPTE, and whether W was set before."""
 
-    spte: Spte
-    was_writable: Truth
+    spte: int
+    was_writable: bool
 
 
 class Aged(NamedTuple):
     """A new SPTE, whether the page was young, and whether the host is told that the page is dirty."""
 
-    spte: Spte
-    young: Truth
-    pfn_dirty: Truth
+    spte: int
+    young: bool
+    pfn_dirty: bool
 
 
 class Updated(NamedTuple):
     """What replacing one present leaf by another asks for: a flush, and news for the host's ``struct page``."""
 
-    flush: Truth
-    pfn_accessed: Truth
-    pfn_dirty: Truth
+    flush: bool
+    pfn_accessed: bool
+    pfn_dirty: bool
 
 
 class Made(NamedTuple):
@@ -92,13 +90,16 @@ class Made(NamedTuple):
 class Rights(NamedTuple):
     """What hardware allows through an SPTE."""
 
-    read: Truth
-    write: Truth
-    execute: Truth
+    read: bool
+    write: bool
+    execute: bool
 
-    def allow(self, access: str) -> Truth:
+    def allow(self, access: str) -> bool:
         """Whether they suffice for ``access``: "read", "write" or "fetch"."""
-        return {"read": self.read, "write": self.write, "fetch": self.execute}[access]
+        return self[ACCESSES.index(access)]
+
+
+ACCESSES = ("read", "write", "fetch")
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class SpteFormat:
     """The masks that KVM computes once per host (`kvm_mmu_reset_all_pte_masks`, `kvm_mmu_set_ept_masks`), and all the
     helpers that read and write SPTEs through them.
 
-    A kernel release that changes a helper is a subclass; see `kvmbook.model.kernel`.
+    A kernel release that changes a helper is a subclass; see `kernel`.
     Source: mmu/spte.c: kvm_mmu_reset_all_pte_masks(), kvm_mmu_set_ept_masks(), shadow_host_writable_mask,
     shadow_mmu_writable_mask, v5.19.
     """
@@ -124,9 +125,6 @@ class SpteFormat:
     shadow_memtype_mask: int
     shadow_mmio_value: int
     shadow_mmio_mask: int
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> SpteFormat:
-        return self
 
     # ---- the formats ------------------------------------------------------------------------------------------------
 
@@ -191,157 +189,158 @@ class SpteFormat:
         """Whether KVM uses A/D bits at all. Source: mmu/spte.h, v5.19."""
         return self.shadow_accessed_mask != 0
 
-    def is_shadow_present_pte(self, spte: Spte) -> Truth:
+    def is_shadow_present_pte(self, spte: int) -> bool:
         """Whether the SPTE maps something, a page or a table. Source: mmu/spte.h, v5.19."""
         return spte & SPTE_MMU_PRESENT_MASK != 0
 
-    def is_removed_spte(self, spte: Spte) -> Truth:
+    def is_removed_spte(self, spte: int) -> bool:
         """Whether the TDP MMU has frozen the entry. Source: mmu/spte.h, v5.19."""
         return spte == REMOVED_SPTE
 
-    def is_mmio_spte(self, spte: Spte) -> Truth:
+    def is_mmio_spte(self, spte: int) -> bool:
         """Whether the entry caches "no memory here". Such an entry is never MMU-present. Source: mmu/spte.h, v5.19."""
-        return (spte & SPTE_MMU_PRESENT_MASK == 0) & (spte & self.shadow_mmio_mask == self.shadow_mmio_value)
+        return not self.is_shadow_present_pte(spte) and spte & self.shadow_mmio_mask == self.shadow_mmio_value
 
-    def is_writable_pte(self, spte: Spte) -> Truth:
+    def is_writable_pte(self, spte: int) -> bool:
         """Whether hardware lets the guest write through it. False does *not* mean that no CPU can write: a TLB may
         remember more. Source: mmu/spte.h, v5.19."""
         return spte & PT_WRITABLE_MASK != 0
 
-    def is_mmu_writable_spte(self, spte: Spte) -> Truth:
+    def is_mmu_writable_spte(self, spte: int) -> bool:
         """Whether KVM may set W again without mmu_lock. This is the bit that tells the truth about TLBs: if it is
         clear, no TLB may hold a writable entry.
         Source: mmu/spte.h (before v5.18: spte_can_locklessly_be_made_writable), v5.19."""
         return spte & self.shadow_mmu_writable_mask != 0
 
-    def is_large_pte(self, spte: Spte) -> Truth:
+    def is_large_pte(self, spte: int) -> bool:
         """Whether the entry has the PS bit, a leaf above level 1. Source: mmu/spte.h, v5.19."""
         return spte & PT_PAGE_SIZE_MASK != 0
 
-    def is_last_spte(self, spte: Spte, level: int) -> Truth:
+    def is_last_spte(self, spte: int, level: int) -> bool:
         """Whether a present entry of a table at ``level`` maps a page and not a table. Source: mmu/spte.h, v5.19."""
-        return self.is_large_pte(spte) | (level == PG_LEVEL_4K)
+        return level == PG_LEVEL_4K or self.is_large_pte(spte)
 
-    def is_executable_pte(self, spte: Spte) -> Truth:
+    def is_executable_pte(self, spte: int) -> bool:
         """Whether hardware lets the guest fetch instructions through it. Source: mmu/spte.h, v5.19."""
         return spte & (self.shadow_x_mask | self.shadow_nx_mask) == self.shadow_x_mask
 
-    def spte_ad_enabled(self, spte: Spte) -> Truth:
+    def spte_ad_enabled(self, spte: int) -> bool:
         """Whether hardware keeps A and D in this SPTE: types 0 and 2. Source: mmu/spte.h, v5.19."""
         return spte & SPTE_TDP_AD_MASK != SPTE_TDP_AD_DISABLED_MASK
 
-    def spte_ad_need_write_protect(self, spte: Spte) -> Truth:
+    def spte_ad_need_write_protect(self, spte: int) -> bool:
         """Whether dirty logging must use W, and never D, for this SPTE: types 1 and 2. Source: mmu/spte.h, v5.19."""
         return spte & SPTE_TDP_AD_MASK != SPTE_TDP_AD_ENABLED_MASK
 
-    def spte_shadow_accessed_mask(self, spte: Spte) -> Spte:
+    def spte_shadow_accessed_mask(self, spte: int) -> int:
         """The mask of this SPTE's A bit, 0 if it has none. Source: mmu/spte.h, v5.19."""
-        return where(self.spte_ad_enabled(spte), self.shadow_accessed_mask, spte & 0)
+        return self.shadow_accessed_mask if self.spte_ad_enabled(spte) else 0
 
-    def spte_shadow_dirty_mask(self, spte: Spte) -> Spte:
+    def spte_shadow_dirty_mask(self, spte: int) -> int:
         """The mask of this SPTE's D bit, 0 if it has none. Source: mmu/spte.h, v5.19."""
-        return where(self.spte_ad_enabled(spte), self.shadow_dirty_mask, spte & 0)
+        return self.shadow_dirty_mask if self.spte_ad_enabled(spte) else 0
 
-    def is_access_track_spte(self, spte: Spte) -> Truth:
+    def is_access_track_spte(self, spte: int) -> bool:
         """Whether the SPTE was made inaccessible to notice the next access: type 1 with R = W = X = 0.
         Source: mmu/spte.h, v5.19."""
-        return (spte & SPTE_TDP_AD_MASK == SPTE_TDP_AD_DISABLED_MASK) & (spte & self.shadow_acc_track_mask == 0)
+        return not self.spte_ad_enabled(spte) and spte & self.shadow_acc_track_mask == 0
 
-    def is_accessed_spte(self, spte: Spte) -> Truth:
+    def is_accessed_spte(self, spte: int) -> bool:
         """Whether the page counts as young. Source: mmu/spte.h, v5.19."""
-        mask = self.spte_shadow_accessed_mask(spte)
-        return where(mask != 0, spte & mask != 0, self.is_access_track_spte(spte) == 0)
+        accessed_mask = self.spte_shadow_accessed_mask(spte)
+        return spte & accessed_mask != 0 if accessed_mask else not self.is_access_track_spte(spte)
 
-    def is_dirty_spte(self, spte: Spte) -> Truth:
+    def is_dirty_spte(self, spte: int) -> bool:
         """Whether the page may have been written through this SPTE: D where there is a D bit, else W.
         Source: mmu/spte.h, v5.19."""
-        mask = self.spte_shadow_dirty_mask(spte)
-        return where(mask != 0, spte & mask != 0, self.is_writable_pte(spte))
+        dirty_mask = self.spte_shadow_dirty_mask(spte)
+        return spte & dirty_mask != 0 if dirty_mask else self.is_writable_pte(spte)
 
-    def spte_has_volatile_bits(self, spte: Spte) -> Truth:
+    def spte_has_volatile_bits(self, spte: int) -> bool:
         """Whether the SPTE may change outside mmu_lock, so that an update must be an atomic exchange.
         Source: mmu/spte.c, v5.19."""
-        return (
-            (self.is_mmu_writable_spte(spte) & (self.is_writable_pte(spte) == 0))
-            | self.is_access_track_spte(spte)
-            | (
-                self.spte_ad_enabled(spte)
-                & (
-                    (spte & self.shadow_accessed_mask == 0)
-                    | (self.is_writable_pte(spte) & (spte & self.shadow_dirty_mask == 0))
-                )
-            )
-        )
+        if not self.is_writable_pte(spte) and self.is_mmu_writable_spte(spte):
+            return True
+        if self.is_access_track_spte(spte):
+            return True
+        if not self.spte_ad_enabled(spte):
+            return False
+        cpu_may_set_dirty = self.is_writable_pte(spte) and spte & self.shadow_dirty_mask == 0
+        return spte & self.shadow_accessed_mask == 0 or cpu_may_set_dirty
 
-    def check_spte_writable_invariants(self, spte: Spte) -> None:
-        """Assert that each present SPTE has a legal (HW, MW, W) triple: 1,1,1 or 1,1,0 or 1,0,0 or 0,0,0.
+    def check_spte_writable_invariants(self, spte: int) -> None:
+        """Assert that a present SPTE has a legal (HW, MW, W) triple: 1,1,1 or 1,1,0 or 1,0,0 or 0,0,0.
 
-        Raises AssertionError naming the first SPTE that breaks the chain W -> MMU-writable -> host-writable.
+        Raises AssertionError if the chain W -> MMU-writable -> host-writable is broken.
         Source: mmu/spte.h (there a warning), v5.19.
         """
-        hw, mw, w = self.shadow_host_writable_mask, self.shadow_mmu_writable_mask, PT_WRITABLE_MASK
-        broken = (spte & (mw | w) == w) | (spte & (hw | mw) == mw)
-        if np.any(broken) and np.any(broken := broken & self.is_shadow_present_pte(spte)):
-            word = int(np.ravel(spte)[np.argmax(np.ravel(broken))])
-            triple = ", ".join(f"{n}={int(word & m != 0)}" for n, m in (("HW", hw), ("MW", mw), ("W", w)))
-            raise AssertionError(
-                f"SPTE {word:#018x} ({self.name}) has {triple}: W needs MMU-writable, MMU-writable needs host-writable"
-            )
+        if self.is_shadow_present_pte(spte):
+            host_writable = spte & self.shadow_host_writable_mask != 0
+            assert host_writable or not self.is_mmu_writable_spte(spte), self._broken_chain(spte)
+            assert self.is_mmu_writable_spte(spte) or not self.is_writable_pte(spte), self._broken_chain(spte)
 
-    def hardware_rights(self, spte: Spte) -> Rights:
+    def _broken_chain(self, spte: int) -> str:
+        masks = {"HW": self.shadow_host_writable_mask, "MW": self.shadow_mmu_writable_mask, "W": PT_WRITABLE_MASK}
+        triple = ", ".join(f"{name}={int(spte & mask != 0)}" for name, mask in masks.items())
+        rule = "W needs MMU-writable, MMU-writable needs host-writable"
+        return f"SPTE {spte:#018x} ({self.name}) has {triple}: {rule}"
+
+    def hardware_rights(self, spte: int) -> Rights:
         """What a CPU reads out of the SPTE; all false if hardware finds it not present."""
         read = spte & READ_MASK != 0
-        walks = read | (spte & self.shadow_acc_track_mask != 0)
-        return Rights(read, walks & self.is_writable_pte(spte), walks & self.is_executable_pte(spte))
+        walks = read or spte & self.shadow_acc_track_mask != 0
+        return Rights(read, walks and self.is_writable_pte(spte), walks and self.is_executable_pte(spte))
 
-    def pfn(self, spte: Spte) -> Spte:
-        """The host frame that the SPTE points to. Source: mmu/spte.h: spte_to_pfn(), v5.19."""
+    def spte_to_pfn(self, spte: int) -> int:
+        """The host frame that the SPTE points to. Source: mmu/spte.h, v5.19."""
         return (spte & SPTE_BASE_ADDR_MASK) >> PAGE_SHIFT
 
     # ---- access tracking --------------------------------------------------------------------------------------------
 
-    @by_word
-    def mark_spte_for_access_track(self, spte: Spte) -> Spte:
+    def mark_spte_for_access_track(self, spte: int) -> int:
         """Make the next access visible: clear A, or, on a type-1 SPTE, save R and X and clear R, W and X.
 
         W is not saved. It comes back only on a write fault, because MMU-writable says that it may.
         Raises AssertionError if R and X were saved already. Source: mmu/spte.c, v5.19.
         """
+        if self.spte_ad_enabled(spte):
+            return spte & (ALL_BITS ^ self.shadow_accessed_mask)
+        if self.is_access_track_spte(spte):
+            return spte
         self.check_spte_writable_invariants(spte)
-        if np.any((spte & SHADOW_ACC_TRACK_SAVED_MASK != 0) & (spte & EPT_RWX_MASK != 0)):
-            raise AssertionError("an accessible SPTE has saved R or X bits: it was marked for access tracking twice")
+        assert spte & SHADOW_ACC_TRACK_SAVED_MASK == 0, (
+            "an accessible SPTE has saved R or X bits: it was marked for access tracking twice"
+        )
         saved = (spte & EPT_RX_MASK) << SHADOW_ACC_TRACK_SAVED_BITS_SHIFT
-        tracked = (spte | saved) & (ALL_BITS ^ self.shadow_acc_track_mask)
-        return where(self.spte_ad_enabled(spte), spte & (ALL_BITS ^ self.shadow_accessed_mask), tracked)
+        return (spte | saved) & (ALL_BITS ^ self.shadow_acc_track_mask)
 
-    @by_word
-    def restore_acc_track_spte(self, spte: Spte) -> Spte:
+    def restore_acc_track_spte(self, spte: int) -> int:
         """Put the saved R and X back. W stays 0, always. Source: mmu/spte.h, v5.19."""
         saved = (spte >> SHADOW_ACC_TRACK_SAVED_BITS_SHIFT) & EPT_RX_MASK
         return (spte & (ALL_BITS ^ (self.shadow_acc_track_mask | SHADOW_ACC_TRACK_SAVED_MASK))) | saved
 
-    @by_word
-    def mmu_spte_age(self, spte: Spte) -> Aged:
+    def mmu_spte_age(self, spte: int) -> Aged:
         """Age one leaf; an old one is left alone. Whether to flush is not decided here.
 
         ``pfn_dirty`` is about the host's ``struct page``, never about KVM's dirty bitmap.
         Source: mmu/mmu.c: mmu_spte_age(), mmu/tdp_mmu.c: age_gfn_range(), v5.19.
         """
-        young = self.is_accessed_spte(spte)
-        pfn_dirty = young & (self.spte_ad_enabled(spte) == 0) & self.is_writable_pte(spte)
-        return Aged(self.mark_spte_for_access_track(spte), young, pfn_dirty)  # marking an old SPTE changes nothing
+        if not self.is_accessed_spte(spte):
+            return Aged(spte, False, False)
+        pfn_dirty = not self.spte_ad_enabled(spte) and self.is_writable_pte(spte)
+        return Aged(self.mark_spte_for_access_track(spte), True, pfn_dirty)
 
-    @by_word
-    def make_spte_executable(self, spte: Spte) -> Spte:
+    def make_spte_executable(self, spte: int) -> int:
         """Add execute permission, also to one that is being access-tracked. Source: mmu/spte.c, v5.19."""
         tracked = self.is_access_track_spte(spte)
-        open_spte = where(tracked, self.restore_acc_track_spte(spte), spte)
-        runs = (open_spte & (ALL_BITS ^ self.shadow_nx_mask)) | self.shadow_x_mask
-        return where(tracked, self.mark_spte_for_access_track(runs), runs)
+        if tracked:
+            spte = self.restore_acc_track_spte(spte)
+        spte = (spte & (ALL_BITS ^ self.shadow_nx_mask)) | self.shadow_x_mask
+        return self.mark_spte_for_access_track(spte) if tracked else spte
 
     # ---- updates of a present leaf, and the rmap side ---------------------------------------------------------------
 
-    def mmu_spte_update(self, old: Spte, new: Spte) -> Updated:
+    def mmu_spte_update(self, old: int, new: int) -> Updated:
         """What the legacy MMU owes after replacing the present leaf ``old`` (the value exchanged out) by ``new``.
 
         Note the first reason to flush: MMU-writable of *old* and W of *new*. An SPTE that was already W=0 says
@@ -349,77 +348,68 @@ class SpteFormat:
         Raises AssertionError for an illegal ``new`` and for another pfn. Source: mmu/mmu.c, v5.19 (to v6.12).
         """
         self.check_spte_writable_invariants(new)
-        present = self.is_shadow_present_pte(old)
-        if np.any(present & (self.pfn(old) != self.pfn(new))):
-            raise AssertionError("a present leaf was replaced by one with another pfn: it must be zapped first")
-        accessed = present & self.is_accessed_spte(old) & (self.is_accessed_spte(new) == 0)
-        dirty = present & self.is_dirty_spte(old) & (self.is_dirty_spte(new) == 0)
-        writable = present & self.is_mmu_writable_spte(old) & (self.is_writable_pte(new) == 0)
-        return Updated(writable | accessed | dirty, accessed, dirty)
+        if not self.is_shadow_present_pte(old):
+            return Updated(False, False, False)
+        assert self.spte_to_pfn(old) == self.spte_to_pfn(new), (
+            "a present leaf was replaced by one with another pfn: it must be zapped first"
+        )
+        accessed = self.is_accessed_spte(old) and not self.is_accessed_spte(new)
+        dirty = self.is_dirty_spte(old) and not self.is_dirty_spte(new)
+        protected = self.is_mmu_writable_spte(old) and not self.is_writable_pte(new)
+        return Updated(protected or accessed or dirty, accessed, dirty)
 
-    @by_word
-    def spte_write_protect(self, spte: Spte, pt_protect: bool = False) -> Flushed:
+    def spte_write_protect(self, spte: int, pt_protect: bool = False) -> Flushed:
         """Clear W, and with ``pt_protect`` also MMU-writable.
 
         ``pt_protect=False`` is dirty logging's way, and its early return is the hole of the seed bug: an SPTE with
         W=0 is skipped and asks for no flush, whatever a TLB still holds. ``pt_protect=True`` guards a guest's page
         table and looks at MMU-writable. Source: mmu/mmu.c, v5.19.
         """
-        skip = self.is_writable_pte(spte) == 0
+        if not self.is_writable_pte(spte) and not (pt_protect and self.is_mmu_writable_spte(spte)):
+            return Flushed(spte, False)
+        new = spte & (ALL_BITS ^ PT_WRITABLE_MASK)
         if pt_protect:
-            skip = skip & (self.is_mmu_writable_spte(spte) == 0)
-        cleared = PT_WRITABLE_MASK | (self.shadow_mmu_writable_mask if pt_protect else 0)
-        new = where(skip, spte, spte & (ALL_BITS ^ cleared))
-        self.check_spte_writable_invariants(new)
-        # A word that was not skipped was MMU-writable and is not W now: mmu_spte_update() says "flush" to each.
-        return Flushed(new, skip == 0)
+            new = new & (ALL_BITS ^ self.shadow_mmu_writable_mask)
+        return Flushed(new, self.mmu_spte_update(spte, new).flush)
 
-    @by_word
-    def spte_clear_dirty(self, spte: Spte) -> Flushed:
+    def spte_clear_dirty(self, spte: int) -> Flushed:
         """Clear D. A W=0, MMU-writable SPTE asks for a flush even if D was clear, as `mmu_spte_update` has it.
         Raises AssertionError for a type-1 SPTE, which has no D. Source: mmu/mmu.c, v5.19."""
-        if np.any(self.spte_ad_enabled(spte) == 0):
-            raise AssertionError("clearing D of a type-1 SPTE: it has none, it must be write-protected")
+        assert self.spte_ad_enabled(spte), "clearing D of a type-1 SPTE: it has none, it must be write-protected"
         new = spte & (ALL_BITS ^ self.shadow_dirty_mask)
         return Flushed(new, self.mmu_spte_update(spte, new).flush)
 
-    @by_word
-    def spte_wrprot_for_clear_dirty(self, spte: Spte) -> WasWritable:
+    def spte_wrprot_for_clear_dirty(self, spte: int) -> WasWritable:
         """Test and clear W, without a look at MMU-writable. Source: mmu/mmu.c, v5.19."""
         return WasWritable(spte & (ALL_BITS ^ PT_WRITABLE_MASK), self.is_writable_pte(spte))
 
-    @by_word
-    def rmap_clear_dirty(self, spte: Spte) -> Flushed:
+    def rmap_clear_dirty(self, spte: int) -> Flushed:
         """Forget that the page is dirty, by W or by D as the SPTE's type asks.
         Source: mmu/mmu.c: __rmap_clear_dirty(), v5.19."""
-        by_write = self.spte_ad_need_write_protect(spte)
-        protected, was_writable = self.spte_wrprot_for_clear_dirty(spte)
-        cleaned = spte & (ALL_BITS ^ self.shadow_dirty_mask)
-        flush = where(by_write, was_writable, self.mmu_spte_update(spte, cleaned).flush)
-        return Flushed(where(by_write, protected, cleaned), flush)
+        if self.spte_ad_need_write_protect(spte):
+            new, was_writable = self.spte_wrprot_for_clear_dirty(spte)
+            return Flushed(new, was_writable)
+        return self.spte_clear_dirty(spte)
 
-    def kvm_mmu_changed_pte_notifier_make_spte(self, spte: Spte, pfn: int) -> Spte:
+    def kvm_mmu_changed_pte_notifier_make_spte(self, spte: int, pfn: int) -> int:
         """Point the SPTE at the host's new, read-only page ``pfn``. Source: mmu/spte.c, v5.19."""
         gone = SPTE_BASE_ADDR_MASK | PT_WRITABLE_MASK | self.shadow_host_writable_mask | self.shadow_mmu_writable_mask
         return self.mark_spte_for_access_track(spte & (ALL_BITS ^ gone) | pfn << PAGE_SHIFT)
 
-    # ---- the same jobs in the TDP MMU: present leaves only; the walkers of wrprot.py choose those -------------------
+    # ---- the same jobs in the TDP MMU: present leaves only; its walkers choose those ---------------------------------
 
-    @by_word
-    def tdp_wrprot(self, spte: Spte) -> Changed:
+    def tdp_wrprot(self, spte: int) -> Changed:
         """Clear W where it is set. Source: mmu/tdp_mmu.c: wrprot_gfn_range(), v5.19."""
         return Changed(spte & (ALL_BITS ^ PT_WRITABLE_MASK), self.is_writable_pte(spte))
 
-    @by_word
-    def tdp_clear_dirty(self, spte: Spte, wrprot: bool = False) -> Changed:
+    def tdp_clear_dirty(self, spte: int, wrprot: bool = False) -> Changed:
         """Clear D of a type-0 SPTE, W of another; with ``wrprot``, W of each.
         Source: mmu/tdp_mmu.c: clear_dirty_gfn_range(), clear_dirty_pt_masked(), v5.19."""
-        by_write = self.spte_ad_need_write_protect(spte) | wrprot
-        mask = where(by_write, PT_WRITABLE_MASK, (spte & 0) | self.shadow_dirty_mask)
-        return Changed(spte & (mask ^ ALL_BITS), spte & mask != 0)
+        if wrprot or self.spte_ad_need_write_protect(spte):
+            return self.tdp_wrprot(spte)
+        return Changed(spte & (ALL_BITS ^ self.shadow_dirty_mask), spte & self.shadow_dirty_mask != 0)
 
-    @by_word
-    def tdp_write_protect(self, spte: Spte) -> Changed:
+    def tdp_write_protect(self, spte: int) -> Changed:
         """Clear W and MMU-writable, to guard a guest's page table. Source: mmu/tdp_mmu.c: write_protect_gfn(), v5.19."""
         mask = PT_WRITABLE_MASK | self.shadow_mmu_writable_mask
         return Changed(spte & (ALL_BITS ^ mask), spte & mask != 0)
@@ -456,7 +446,7 @@ class SpteFormat:
             raise AssertionError("make_spte: no access asked for, and no present bit: the SPTE would be invisible")
         spte = SPTE_MMU_PRESENT_MASK | ad_type | self.shadow_present_mask | self.shadow_memtype_mask
         if not prefetch:
-            spte |= int(self.spte_shadow_accessed_mask(spte))
+            spte |= self.spte_shadow_accessed_mask(spte)
         if level > PG_LEVEL_4K:
             spte |= PT_PAGE_SIZE_MASK
             if nx_huge_pages:
@@ -474,12 +464,12 @@ class SpteFormat:
             elif write_tracked:
                 wrprot = True
             else:
-                spte |= PT_WRITABLE_MASK | self.shadow_mmu_writable_mask | int(self.spte_shadow_dirty_mask(spte))
-        return Made(int(self.mark_spte_for_access_track(spte)) if prefetch else spte, wrprot)
+                spte |= PT_WRITABLE_MASK | self.shadow_mmu_writable_mask | self.spte_shadow_dirty_mask(spte)
+        return Made(self.mark_spte_for_access_track(spte) if prefetch else spte, wrprot)
 
     def _remakes_writable(self, old_spte: int) -> bool:
         """Whether make_spte() may skip the write-tracking look-up, and with it setting D."""
-        return bool(self.is_writable_pte(old_spte))
+        return self.is_writable_pte(old_spte)
 
     def make_nonleaf_spte(self, table_pfn: int, ad_disabled: bool) -> int:
         """Build the entry for a child table; it grants every right. Source: mmu/spte.c, v5.19."""
@@ -487,14 +477,14 @@ class SpteFormat:
         spte |= self.shadow_user_mask | self.shadow_x_mask
         return spte | (SPTE_TDP_AD_DISABLED_MASK if ad_disabled else self.shadow_accessed_mask)
 
-    def make_huge_page_split_spte(self, huge_spte: int, huge_level: int, nx_huge_pages: bool = False) -> Spte:
-        """The 512 children of a huge SPTE, which inherit everything: an access-tracked one has 512 access-tracked
-        children. Returns a uint64 array of shape (512,). Source: mmu/spte.c, v5.19."""
+    def make_huge_page_split_spte(
+        self, huge_spte: int, huge_level: int, index: int, nx_huge_pages: bool = False
+    ) -> int:
+        """Child ``index`` of the 512 that a huge SPTE is split into. It inherits everything: an access-tracked one has 512
+        access-tracked children. Source: mmu/spte.c, v5.19."""
         child_level = huge_level - 1
-        offsets = np.arange(SPTES_PER_TABLE, dtype=np.uint64) * np.uint64(pages_per_level(child_level) << PAGE_SHIFT)
-        children = offsets | huge_spte
-        if child_level == PG_LEVEL_4K:
-            children = children & (ALL_BITS ^ PT_PAGE_SIZE_MASK)
-            if nx_huge_pages:
-                children = self.make_spte_executable(children)
-        return children
+        child = huge_spte | index * pages_per_level(child_level) << PAGE_SHIFT
+        if child_level > PG_LEVEL_4K:
+            return child
+        child &= ALL_BITS ^ PT_PAGE_SIZE_MASK
+        return self.make_spte_executable(child) if nx_huge_pages else child

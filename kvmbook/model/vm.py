@@ -9,7 +9,7 @@ import numpy as np
 
 from kvmbook.model.access_tracking import ChangePte, ClearFlushYoung, ClearYoung, InvalidateRange, TestYoung
 from kvmbook.model.dirty_log import ClearDirtyLog, GetDirtyLog, ResetDirtyRings
-from kvmbook.model.faults import Outcome, access, complete
+from kvmbook.model.faults import Outcome, WriteGuest, access, complete
 from kvmbook.model.hardware import Hardware
 from kvmbook.model.host import USER_BASE, HostMemory
 from kvmbook.model.kernel import Kernel
@@ -26,7 +26,7 @@ from kvmbook.model.memslots import (
     refuse,
 )
 from kvmbook.model.page_tables import PageTables, Root
-from kvmbook.model.spte import PAGE_SHIFT, PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K, pages_per_level
+from kvmbook.model.spte import PAGE_SHIFT, PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K
 from kvmbook.model.tlb import Tlb
 from kvmbook.model.wrprot import TrackGuestPageTable
 
@@ -127,7 +127,7 @@ class Vm(Machine):
             fmt=fmt,
             l1_root=l1,
             l2_root=_nested_root(nested, hardware),
-            page_tables=PageTables(fmt),
+            page_tables=PageTables(fmt, root_level=5 if hardware.gpa_bits > 48 else 4),
             host=HostMemory(PAGE_LEVELS[page_size]),
             eager_page_split=eager_page_split,
             nx_huge_pages=nx_huge_pages,
@@ -142,7 +142,7 @@ class Vm(Machine):
         """The vCPUs; created at the first touch (KVM_CREATE_VCPU)."""
         if not self.vcpus:
             for number in range(self.vcpus_to_create):
-                size, log_size = self.dirty_ring_size // DIRTY_GFN_SIZE, self.hardware.cpu_dirty_log_size
+                size, log_size = self.dirty_ring_size // DIRTY_GFN_SIZE, self.hardware.pml_entries
                 self.vcpus.append(VcpuState(number, dirty_ring=DirtyRing(size, log_size) if size else None))
         return [Vcpu(self, state) for state in self.vcpus]
 
@@ -176,7 +176,7 @@ class Vm(Machine):
         Beginning it raises OSError EINVAL, EEXIST or ENOMEM.
         """
         if userspace_addr is None:
-            old = self.memslots.id_to_memslot(slot >> 16, slot & 0xFFFF)
+            old = self.memslots.find(slot, self.hardware.address_spaces)
             userspace_addr = old.userspace_addr if old is not None else USER_BASE + base_gfn * PAGE_SIZE
         flags = KVM_MEM_LOG_DIRTY_PAGES * log_dirty_pages | KVM_MEM_READONLY * readonly
         region = MemoryRegion(slot, flags, base_gfn << PAGE_SHIFT, npages << PAGE_SHIFT, userspace_addr)
@@ -217,12 +217,12 @@ class Vm(Machine):
 
     def enable_dirty_ring(self, size_bytes: int) -> None:
         """KVM_CAP_DIRTY_LOG_RING: log to one ring per vCPU instead of bitmaps. OSError EINVAL or E2BIG."""
-        DirtyRing.check_size(size_bytes, self.hardware.cpu_dirty_log_size)
+        size = DirtyRing.check_size(size_bytes, self.hardware.pml_entries)
         if self.dirty_ring_size:
             raise refuse(errno.EINVAL, f"the rings have {self.dirty_ring_size} bytes already; their size is set once")
         if self.vcpus:
             raise refuse(errno.EINVAL, f"{len(self.vcpus)} vCPUs exist already; rings come before vCPUs")
-        self.dirty_ring_size = size_bytes
+        self.dirty_ring_size = size
 
     def reset_dirty_rings(self) -> int:
         """KVM_RESET_DIRTY_RINGS. Returns how many harvested entries were freed. OSError EINVAL without rings."""
@@ -230,10 +230,15 @@ class Vm(Machine):
         return count
 
     def missed_dirty(self, slot: int = 0) -> np.ndarray:
-        """The gfns (ascending, int array) that were written since their last report, or since logging was enabled, and
-        that no report will bring: not in the bitmap, a ring, a PML buffer, nor in the hands of an operation under way.
-        KVM has no such call: this is what the model is for. vCPUs run in address space 0: for other slots, always empty."""
-        found = self.memslots.id_to_memslot(slot >> 16, slot & 0xFFFF)
+        """The gfns (ascending, int array) whose last write will reach no copy: written since user space copied them last, or
+        since logging was enabled, and named by no report to come, because neither the bitmap, a ring, a PML buffer nor an
+        operation under way knows of them.
+
+        User space is taken to copy a page when it has been told that it is dirty *and* KVM has armed it again: after a GET
+        that clears; after a CLEAR, if a GET had named the page; after the reset of its ring entry. (Who copies earlier, or
+        clears what no GET has named, loses writes all by himself.) KVM has no such call: this is what the model is for.
+        vCPUs run in address space 0: for other slots, always empty. OSError ENOENT without the slot."""
+        found = self.memslots.find(slot, self.hardware.address_spaces)
         if found is None:
             raise refuse(errno.ENOENT, f"there is no slot {slot & 0xFFFF}")
         missed = [
@@ -267,7 +272,7 @@ class Vm(Machine):
 
     def write_protect_host_page(self, gfn: int) -> None:
         """Let the host map the page read-only until it is written, as a fresh page may be. ValueError if it is mapped."""
-        if any(first <= gfn < first + pages_per_level(level) for _, first, level, _ in self.page_tables.leaves()):
+        if any(self.page_tables.leaves(gfn, gfn + 1)):
             raise ValueError(f"gfn {gfn:#x} is mapped already; use change_pte")
         self.host.protect(self._slot_of(gfn).hva(gfn))
         self.mmu_notifier_seq += 1
@@ -280,17 +285,9 @@ class Vm(Machine):
         """KVM no longer shadows that page table. Its SPTE comes back with the next write fault."""
         self.write_tracked.discard(gfn)
 
-    def kvm_write_guest(self, gfn: int, vcpu: int = 0) -> None:
-        """KVM itself writes guest memory, on behalf of a vCPU, and marks the page dirty. OSError EFAULT.
-        Source: virt/kvm/kvm_main.c: kvm_vcpu_write_guest(), v5.19."""
-        slot, state = self._slot_of(gfn), self.vcpu[vcpu].state
-        if slot.readonly or slot.invalid:
-            raise refuse(errno.EFAULT, f"gfn {gfn:#x} lies in a slot that is read-only or about to go")
-        if state.dirty_ring is not None and state.dirty_ring.soft_full:
-            raise ValueError(f"{state.name}'s dirty ring is full: harvest and reset it first")
-        self.mark_page_dirty_in_slot(slot, gfn, state)
-        self.note_write(gfn)
-        self.record("KVM", "kvm_write_guest", gfn)
+    def kvm_write_guest(self, gfn: int, vcpu: int | None = 0) -> None:
+        """KVM itself writes guest memory, for a vCPU or (None) for nobody, and marks the page dirty. OSError EFAULT."""
+        self.run(WriteGuest(gfn, None if vcpu is None else self.vcpu[vcpu].state.id))
 
     def _slot_of(self, gfn: int) -> MemorySlot:
         slot = self.memslots.gfn_to_memslot(gfn)
@@ -312,7 +309,7 @@ class Vm(Machine):
 
     def dirty_bitmap(self, slot: int = 0) -> np.ndarray:
         """The live bitmap as a bool array, one per page; reading it changes nothing. OSError ENOENT without one."""
-        found = self.memslots.id_to_memslot(slot >> 16, slot & 0xFFFF)
+        found = self.memslots.find(slot, self.hardware.address_spaces)
         if found is None or found.dirty_bitmap is None:
             raise refuse(errno.ENOENT, f"slot {slot & 0xFFFF} has no dirty bitmap")
         return np.array([found.test_bit(gfn) for gfn in range(found.base_gfn, found.end_gfn)], bool)

@@ -1,108 +1,70 @@
-"""Write protection and clear-dirty: making the next write visible. Each job has an rmap side and a TDP side.
+"""Write protection and clear-dirty after a harvest, and for a guest's page tables. Each has an rmap side and a TDP side.
 
-Three callers want three things. *Enabling* dirty logging passes over a whole slot; *re-arming* follows a harvest, page
-by page; *guarding a guest's page table* needs a promise that no CPU can write, and so clears MMU-writable too.
+*Re-arming* follows a harvest, page by page, and its caller flushes. *Guarding a guest's page table* needs a promise that no
+CPU can write, and so clears MMU-writable too. (*Enabling* dirty logging passes over a whole slot: see `memory_regions`.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
-from kvmbook.model.arrays import Spte, Truth
 from kvmbook.model.huge_pages import shadow_mmu_split_huge_pages, tdp_mmu_split_huge_pages
 from kvmbook.model.machine import Machine, Operation, step
 from kvmbook.model.memslots import MemorySlot
-from kvmbook.model.spte import KVM_MAX_HUGEPAGE_LEVEL, PG_LEVEL_2M, PG_LEVEL_4K, Changed, pages_per_level
-
-Ask = Callable[[Any, Spte, Spte, Truth], Truth]
-
-
-def owes_flush(m: Machine, visited: list[tuple[Spte, Any]], ask: Ask) -> bool:
-    """Whether the flush rule's question ``ask`` finds a reason among the leaves that a pass has visited."""
-    return any(np.any(ask(m.fmt, old, new, answer)) for old, (new, answer) in visited)
-
-
-# ---- enabling: a pass over the slot. Each returns whether the release's flush rule wants a flush after it. ------------
-
-
-def slot_rmap_write_protect(m: Machine, start: int, end: int, start_level: int) -> bool:
-    """Take W from the rmap side.
-    Source: mmu/mmu.c: slot_rmap_write_protect(), kvm_mmu_slot_remove_write_access(), v5.19."""
-    visited = m.update_rmap_leaves(start, end, m.fmt.spte_write_protect, start_level)
-    return owes_flush(m, visited, m.kernel.flush.after_write_protect)
-
-
-def kvm_tdp_mmu_wrprot_slot(m: Machine, start: int, end: int, start_level: int) -> bool:
-    """Take W from the TDP side. Source: mmu/tdp_mmu.c: kvm_tdp_mmu_wrprot_slot(), wrprot_gfn_range(), v5.19."""
-    visited = m.update_tdp_leaves(start, end, m.fmt.tdp_wrprot, start_level)
-    return owes_flush(m, visited, m.kernel.flush.after_write_protect)
-
-
-def slot_rmap_clear_dirty(m: Machine, start: int, end: int) -> bool:
-    """4K leaves only: the legacy MMU logs at no other size.
-    Source: mmu/mmu.c: __rmap_clear_dirty(), kvm_mmu_slot_leaf_clear_dirty(), v5.19."""
-    visited = m.update_rmap_leaves(start, end, m.fmt.rmap_clear_dirty, max_level=PG_LEVEL_4K)
-    return owes_flush(m, visited, m.kernel.flush.after_clear_dirty)
-
-
-def kvm_tdp_mmu_clear_dirty_slot(m: Machine, start: int, end: int) -> bool:
-    """Leaves of every size. Source: mmu/tdp_mmu.c: kvm_tdp_mmu_clear_dirty_slot(), clear_dirty_gfn_range(), v5.19."""
-    visited = m.update_tdp_leaves(start, end, m.fmt.tdp_clear_dirty)
-    return owes_flush(m, visited, m.kernel.flush.after_clear_dirty)
-
-
-# ---- re-arming after a harvest ---------------------------------------------------------------------------------------
+from kvmbook.model.spte import PG_LEVEL_2M, PG_LEVEL_4K, Changed, Flushed, pages_per_level
 
 
 def kvm_arch_mmu_enable_log_dirty_pt_masked(m: Machine, slot: MemorySlot, gfns: list[int]) -> None:
-    """Make the next write to each of ``gfns`` (ascending, not empty) visible again. The caller flushes, whatever changed.
+    """Make the next write to each of ``gfns`` (ascending) visible again. The caller flushes, whatever changed.
     Source: mmu/mmu.c, v5.19."""
-    if slot.as_id:
-        return  # no vCPU of this model runs there: nothing is mapped
+    if slot.as_id or not gfns:
+        return  # no vCPU of this model runs in another address space: nothing is mapped there
     if m.initially_set:
-        first, last = gfns[0], gfns[-1]
-        if m.eager_page_split and m.hardware.tdp_mmu:
-            end = last if m.kernel.clear_split_forgets_last else last + 1
-            if m.kernel.eager_split_rmaps:
-                shadow_mmu_split_huge_pages(m, first, end)
-            tdp_mmu_split_huge_pages(m, first, end)
-        for gfn in {first, last} if (first ^ last) >= pages_per_level(PG_LEVEL_2M) else {first}:
-            kvm_mmu_slot_gfn_write_protect(m, gfn, PG_LEVEL_2M)
-    pml = bool(m.hardware.cpu_dirty_log_size)
+        _protect_huge_pages(m, gfns[0], gfns[-1])
+    pml = bool(m.hardware.pml_entries)
     rmap_rule = m.fmt.rmap_clear_dirty if pml else m.fmt.spte_write_protect
-    for start, end in runs(gfns):
+
+    def tdp_rule(spte: int) -> Changed:
+        return m.fmt.tdp_clear_dirty(spte, wrprot=not pml)
+
+    for run in np.split(gfns, np.flatnonzero(np.diff(gfns) != 1) + 1):
+        start, end = int(run[0]), int(run[-1]) + 1
         m.update_rmap_leaves(start, end, rmap_rule, max_level=PG_LEVEL_4K)
-        m.update_tdp_leaves(start, end, lambda s: m.fmt.tdp_clear_dirty(s, wrprot=not pml), max_level=PG_LEVEL_4K)
+        m.update_tdp_leaves(start, end, tdp_rule, max_level=PG_LEVEL_4K)
 
 
-def runs(gfns: list[int]) -> list[tuple[int, int]]:
-    """Ascending gfns as the fewest [start, end) ranges."""
-    ranges: list[tuple[int, int]] = []
-    for gfn in gfns:
-        if ranges and ranges[-1][1] == gfn:
-            ranges[-1] = (ranges[-1][0], gfn + 1)
-        else:
-            ranges.append((gfn, gfn + 1))
-    return ranges
+def _protect_huge_pages(m: Machine, first: int, last: int) -> None:
+    """Enabling has protected nothing (INITIALLY_SET), so huge pages are split, or protected for good, when they are met.
+    The comparison that decides about the last page rounds up, in every release: a huge page that begins at ``last`` is
+    overlooked if ``first`` lies in the one before.
+    Source: mmu/mmu.c: kvm_arch_mmu_enable_log_dirty_pt_masked(), v5.19."""
+    if m.eager_page_split and m.hardware.tdp_mmu:
+        end = last if m.kernel.clear_split_forgets_last else last + 1
+        if m.kernel.eager_split_rmaps:
+            shadow_mmu_split_huge_pages(m, first, end)
+        tdp_mmu_split_huge_pages(m, first, end)
+    kvm_mmu_slot_gfn_write_protect(m, first, PG_LEVEL_2M)
+    pages = pages_per_level(PG_LEVEL_2M)
+    up = pages - 1 if m.kernel.clear_compares_rounded_up else 0
+    if (first + up) // pages != (last + up) // pages:
+        kvm_mmu_slot_gfn_write_protect(m, last, PG_LEVEL_2M)
 
 
 # ---- guarding a guest's page table -----------------------------------------------------------------------------------
 
 
 def kvm_mmu_slot_gfn_write_protect(m: Machine, gfn: int, min_level: int = PG_LEVEL_4K) -> bool:
-    """Clear W and MMU-writable of every leaf that covers ``gfn`` at ``min_level`` or above. Returns whether the caller
-    must flush before it unlocks. Source: mmu/mmu.c, mmu/tdp_mmu.c: write_protect_gfn(), v5.19."""
+    """Clear W and MMU-writable of every SPTE of ``gfn`` from ``min_level`` up. Returns whether a flush is owed before
+    unlocking. Source: mmu/mmu.c, v5.19."""
 
-    def protect(spte: Spte) -> Changed:
-        return Changed(*m.fmt.spte_write_protect(spte, pt_protect=True))
+    def rmap_rule(spte: int) -> Flushed:
+        return m.fmt.spte_write_protect(spte, pt_protect=True)
 
-    visited = m.update_rmap_leaves(gfn, gfn + 1, protect, min_level, KVM_MAX_HUGEPAGE_LEVEL)
-    visited += m.update_tdp_leaves(gfn, gfn + 1, m.fmt.tdp_write_protect, min_level)
-    return any(np.any(answer.changed) for _, answer in visited)
+    owed = m.update_rmap_leaves(gfn, gfn + 1, rmap_rule, min_level)
+    return m.update_tdp_leaves(gfn, gfn + 1, m.fmt.tdp_write_protect, min_level) or owed
 
 
 @dataclass(eq=False)

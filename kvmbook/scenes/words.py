@@ -9,8 +9,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Sequence
-from types import SimpleNamespace
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 from kvmbook.model import (
     ALL_BITS,
@@ -26,10 +25,8 @@ from kvmbook.model import (
     SPTE_TDP_AD_ENABLED_MASK,
     SPTE_TDP_AD_MASK,
     SPTE_TDP_AD_WRPROT_ONLY_MASK,
-    Machine,
     SpteFormat,
-    saved_bits,
-    writable_chain,
+    check_leaf,
 )
 
 PFN, HUGE_PFN = 0x4567, 0x40000
@@ -191,12 +188,10 @@ def broken_rule(fmt: SpteFormat, spte: int) -> str:
     if not fmt.is_shadow_present_pte(spte):
         walked = any(fmt.hardware_rights(spte)) and not fmt.is_mmio_spte(spte)
         return "it is not MMU-present, but hardware would use it" if walked else ""
-    leaf = SimpleNamespace(fmt=fmt, page_tables=SimpleNamespace(leaves=lambda: [(None, 0, 1, spte)]))
-    for invariant in (writable_chain, saved_bits):
-        try:
-            invariant(cast(Machine, leaf))
-        except AssertionError as error:
-            return without_word(str(error))
+    try:
+        check_leaf(fmt, 0, spte)
+    except AssertionError as error:
+        return without_word(str(error))
     ad_type = spte & SPTE_TDP_AD_MASK
     if ad_type == SPTE_TDP_AD_MASK:
         return "type 3 does not exist"

@@ -34,10 +34,8 @@ from kvmbook.model import (
     MemorySlot,
     Operation,
     PageFault,
-    Spte,
     SpteFormat,
     TlbEntry,
-    Truth,
     VcpuState,
     Vm,
 )
@@ -75,11 +73,11 @@ class _Watched:
         self.asked = True
         return self.rule.unconditional
 
-    def after_write_protect(self, fmt: SpteFormat, old: Spte, new: Spte, answer: Truth) -> Truth:
+    def after_write_protect(self, fmt: SpteFormat, old: int, new: int, answer: bool) -> bool:
         self.asked = True
         return self.rule.after_write_protect(fmt, old, new, answer)
 
-    def after_clear_dirty(self, fmt: SpteFormat, old: Spte, new: Spte, answer: Truth) -> Truth:
+    def after_clear_dirty(self, fmt: SpteFormat, old: int, new: int, answer: bool) -> bool:
         self.asked = True
         return self.rule.after_clear_dirty(fmt, old, new, answer)
 
@@ -198,6 +196,8 @@ class Cells:
             raise ValueError(
                 "without a grace period a fault may hold any slot that ever was; kvmbook.search.schedule can run that"
             )
+        if kernel.neighbour_prefetch and not hardware.tdp_mmu:
+            raise ValueError("with neighbour_prefetch a fault maps several pages; here each page is on its own")
         self.grain, self.without = Grain(grain), steps_left_out(without)
         self.pages = pages
         self._rule = _Watched(kernel.flush)
@@ -264,7 +264,7 @@ class Cells:
 
     def _make_fault(self, fault: Fault, slot: MemorySlot, page: int) -> PageFault:
         vm, gfn = self._vm, BASE_GFN + page
-        made = PageFault(0, fault.kind, gfn, vm.l1_root, False)
+        made = PageFault(gfn, 0, fault.kind, vm.l1_root, False)
         made.todo, made.lock, made.started = list(fault.todo), fault.lock, True
         made.generation, made.retries = fault.generation, fault.retries
         made.old_spte, made.new_spte = _moved(fault.old_spte, page), _moved(fault.new_spte, page)

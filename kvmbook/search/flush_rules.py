@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvmbook.model import FlushPolicy, FlushRule, Hardware, Kernel, Spte, SpteFormat, Truth, Vm
+from kvmbook.model import FlushPolicy, FlushRule, Hardware, Kernel, SpteFormat, Vm
 from kvmbook.search.anynumber import AnyNumber
 from kvmbook.search.cells import Cells
 from kvmbook.search.schedule import Grain
@@ -22,20 +22,19 @@ from kvmbook.search.schedule import Grain
 BITS = ("W", "MW", "HW", "A", "D", "tracked", "has A/D")
 
 
-def bits_of(fmt: SpteFormat, spte: Spte) -> Spte:
+def bits_of(fmt: SpteFormat, spte: int) -> int:
     """What a pass can see of a present leaf, bit n for ``BITS[n]``. A and D as the helpers answer, with or without the
-    hardware's bits. Words may be arrays."""
+    hardware's bits."""
     answers = (
         fmt.is_writable_pte(spte),
         fmt.is_mmu_writable_spte(spte),
-        (spte & fmt.shadow_host_writable_mask) != 0,
+        spte & fmt.shadow_host_writable_mask != 0,
         fmt.is_accessed_spte(spte),
         fmt.is_dirty_spte(spte),
         fmt.is_access_track_spte(spte),
         fmt.spte_ad_enabled(spte),
     )
-    seen: Spte = sum((answer != 0) << n for n, answer in enumerate(answers))
-    return seen
+    return sum(answer << n for n, answer in enumerate(answers))
 
 
 class Leaf(NamedTuple):
@@ -57,16 +56,14 @@ class BitRule:
     kinds: frozenset[Leaf]
     unconditional: bool = field(default=False, init=False)
 
-    def _answer(self, fmt: SpteFormat, old: Spte, new: Spte) -> Truth:
-        code = bits_of(fmt, old) << len(BITS) | bits_of(fmt, new)
-        answer: Truth = np.isin(code, [kind.before << len(BITS) | kind.after for kind in self.kinds])
-        return answer
+    def _answer(self, fmt: SpteFormat, old: int, new: int) -> bool:
+        return Leaf(bits_of(fmt, old), bits_of(fmt, new)) in self.kinds
 
-    def after_write_protect(self, fmt: SpteFormat, old: Spte, new: Spte, answer: Truth) -> Truth:
+    def after_write_protect(self, fmt: SpteFormat, old: int, new: int, answer: bool) -> bool:
         """As `kvmbook.model.kernel.FlushRule` asks."""
         return self._answer(fmt, old, new)
 
-    def after_clear_dirty(self, fmt: SpteFormat, old: Spte, new: Spte, answer: Truth) -> Truth:
+    def after_clear_dirty(self, fmt: SpteFormat, old: int, new: int, answer: bool) -> bool:
         """The same predicate in the other pass."""
         return self._answer(fmt, old, new)
 
@@ -85,20 +82,18 @@ class _Recorder:
     unconditional: bool = False
     kinds: dict[Leaf, bool] = field(default_factory=dict)
 
-    def _note(self, fmt: SpteFormat, old: Spte, new: Spte, says: Truth) -> Truth:
+    def _note(self, fmt: SpteFormat, old: int, new: int, says: bool) -> bool:
         if self.rule.unconditional:
             raise ValueError("an unconditional rule is not one over bits: it also flushes where the pass meets no leaf")
-        befores, afters = np.atleast_1d(bits_of(fmt, old)), np.atleast_1d(bits_of(fmt, new))
-        for before, after, yes in zip(befores, afters, np.atleast_1d(says), strict=True):
-            leaf = Leaf(int(before), int(after))
-            if self.kinds.setdefault(leaf, bool(yes)) != bool(yes):
-                raise ValueError(f"the rule says yes and no to [{leaf}]: it looks at more than these bits")
-        return says & False
+        leaf = Leaf(bits_of(fmt, old), bits_of(fmt, new))
+        if self.kinds.setdefault(leaf, says) != says:
+            raise ValueError(f"the rule says yes and no to [{leaf}]: it looks at more than these bits")
+        return False
 
-    def after_write_protect(self, fmt: SpteFormat, old: Spte, new: Spte, answer: Truth) -> Truth:
+    def after_write_protect(self, fmt: SpteFormat, old: int, new: int, answer: bool) -> bool:
         return self._note(fmt, old, new, self.rule.after_write_protect(fmt, old, new, answer))
 
-    def after_clear_dirty(self, fmt: SpteFormat, old: Spte, new: Spte, answer: Truth) -> Truth:
+    def after_clear_dirty(self, fmt: SpteFormat, old: int, new: int, answer: bool) -> bool:
         return self._note(fmt, old, new, self.rule.after_clear_dirty(fmt, old, new, answer))
 
 

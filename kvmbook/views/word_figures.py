@@ -58,7 +58,7 @@ def _word_parts(fmt: SpteFormat, label: str, word: int, before: int, y: float) -
         for bit in range(field.low, field.low + field.width):
             if field.kind != ADDRESS:
                 parts += _cell(field, bit, word, before, y + 54)
-    said = f"pfn {fmt.pfn(word):#x}"
+    said = f"pfn {fmt.spte_to_pfn(word):#x}"
     return [*parts, box(_x(51) + 1, y + 54, FRAME_WIDTH - 2, 28, "none"), text(_x(51) + FRAME_WIDTH / 2, y + 73, said)]
 
 

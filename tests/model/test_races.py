@@ -29,7 +29,7 @@ def test_a_fault_that_raced_with_the_host_tries_again(name):
     assert vm.spte(BASE) == 0
     vm.vcpu[0].read(BASE)
     slot = vm.memslots.id_to_memslot(0, 0)
-    assert vm.fmt.pfn(vm.spte(BASE)) == vm.host.lookup(slot.hva(BASE)).pfn
+    assert vm.fmt.spte_to_pfn(vm.spte(BASE)) == vm.host.lookup(slot.hva(BASE)).pfn
 
 
 def test_a_fault_during_an_invalidation_waits_for_its_end():
@@ -393,12 +393,19 @@ def test_the_log_of_address_space_1_says_nothing_about_the_vcpus_pages():
     assert vm.vcpu[0].write(BASE + 1) is Outcome.EMULATED  # still tracked
 
 
-def test_kvms_own_writes_leave_the_rings_reserve_alone():
+def test_kvms_own_writes_use_the_rings_reserve():
+    """Guest writes end where the reserve begins; KVM's own go on, and only a truly full ring loses its oldest entry."""
     vm = make_vm_with_ring(npages=256)
-    with pytest.raises(ValueError, match="dirty ring is full"):
-        for _ in range(300):
-            vm.kvm_write_guest(BASE)
-    assert len(vm.vcpu[0].dirty_ring.entries) == 256 - 64
+    for page in range(256 - 64):
+        vm.kvm_write_guest(BASE + page)
+    ring = vm.vcpu[0].dirty_ring
+    assert ring.soft_full and vm.vcpu[0].write(BASE) is Outcome.RING_FULL
+    for _ in range(64):
+        vm.kvm_write_guest(BASE + 200)
+    assert ring.full and len(ring.entries) == 256 and not any(event.step == "WARN" for event in vm.log)
+    vm.kvm_write_guest(BASE + 201)
+    assert vm.log[-1].note == "the dirty ring is full: its oldest entry is overwritten"
+    assert missed(vm) == [BASE] and ring.harvest()[0] == (0, 201) and len(ring.entries) == 256
 
 
 def test_odd_addresses_and_strangers_operations():

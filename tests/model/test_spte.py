@@ -1,5 +1,7 @@
 """SPTE words: the worked values, every helper against a slow oracle, and arrays against words."""
 
+import functools
+import importlib.util
 import itertools
 
 import numpy as np
@@ -15,6 +17,8 @@ from kvmbook.model import (
     SPTE_TDP_AD_DISABLED_MASK,
     SPTE_TDP_AD_ENABLED_MASK,
     SPTE_TDP_AD_WRPROT_ONLY_MASK,
+    compiled,
+    each,
 )
 
 NO_AD, AD, NPT, SHADOW = SpteFormat.ept(ad_bits=False), SpteFormat.ept(), SpteFormat.npt(), SpteFormat.shadow()
@@ -141,7 +145,9 @@ def test_predicates_and_transformations_bit_by_bit(fmt):
         assert fmt.rmap_clear_dirty(s) == ((s & ~2, w) if by_w else fmt.spte_clear_dirty(s))
 
         moved = fmt.kvm_mmu_changed_pte_notifier_make_spte(s, 0x9999)
-        assert fmt.pfn(moved) == 0x9999 and not fmt.is_writable_pte(moved) and not fmt.is_mmu_writable_spte(moved)
+        assert (
+            fmt.spte_to_pfn(moved) == 0x9999 and not fmt.is_writable_pte(moved) and not fmt.is_mmu_writable_spte(moved)
+        )
         assert not fmt.is_accessed_spte(moved) if has_a or tracked or ad_type == 1 else True
 
 
@@ -169,11 +175,10 @@ def test_illegal_triples_are_refused(fmt):
         many[777] = spte
         if triple in legal:
             fmt.check_spte_writable_invariants(spte)
-            fmt.mark_spte_for_access_track(many)
+            each(fmt.spte_write_protect, many)
         else:
-            for words in (spte, many):
-                with pytest.raises(AssertionError, match="W needs MMU-writable"):
-                    fmt.mark_spte_for_access_track(words)
+            with pytest.raises(AssertionError, match="W needs MMU-writable"):
+                fmt.check_spte_writable_invariants(spte)
             with pytest.raises(AssertionError, match="W needs MMU-writable"):
                 fmt.mmu_spte_update(fresh, spte)
 
@@ -214,25 +219,22 @@ def test_a_split_huge_spte_gives_512_heirs(fmt):
     ad_type = TYPE_1 if fmt is NO_AD else TYPE_0
     huge = fmt.make_spte(0x40000, level=2, ad_type=ad_type).spte
     for parent in (huge, fmt.mark_spte_for_access_track(huge)):
-        children = fmt.make_huge_page_split_spte(parent, 2)
-        assert children.shape == (512,)
-        assert (fmt.pfn(children) == 0x40000 + np.arange(512)).all()
-        assert not fmt.is_large_pte(children).any()
-        assert (
-            children & ~np.uint64(fmt.pfn(2**64 - 1) << 12) == parent & ~(1 << 7) & ~(fmt.pfn(2**64 - 1) << 12)
-        ).all()
-        assert (fmt.is_access_track_spte(children) == fmt.is_access_track_spte(parent)).all()
+        for index in range(512):
+            child = fmt.make_huge_page_split_spte(parent, 2, index)
+            assert fmt.spte_to_pfn(child) == 0x40000 + index
+            assert child == parent & ~(1 << 7) | index << 12
+            assert fmt.is_access_track_spte(child) == fmt.is_access_track_spte(parent)
     gig = fmt.make_spte(0x40000, level=3, ad_type=ad_type).spte
-    assert fmt.is_large_pte(fmt.make_huge_page_split_spte(gig, 3)).all()
+    assert fmt.make_huge_page_split_spte(gig, 3, 1) == gig | 512 << 12 and fmt.is_large_pte(gig)
 
 
 def test_executable_parts_of_an_nx_huge_page():
     huge = NO_AD.make_spte(0x40000, level=2, ad_type=TYPE_1, nx_huge_pages=True).spte
     assert not NO_AD.is_executable_pte(huge)
-    assert NO_AD.is_executable_pte(NO_AD.make_huge_page_split_spte(huge, 2, nx_huge_pages=True)).all()
-    tracked = NO_AD.make_huge_page_split_spte(NO_AD.mark_spte_for_access_track(huge), 2, nx_huge_pages=True)
-    assert NO_AD.is_access_track_spte(tracked).all()
-    assert NO_AD.is_executable_pte(NO_AD.restore_acc_track_spte(tracked)).all()
+    assert NO_AD.is_executable_pte(NO_AD.make_huge_page_split_spte(huge, 2, 7, nx_huge_pages=True))
+    tracked = NO_AD.make_huge_page_split_spte(NO_AD.mark_spte_for_access_track(huge), 2, 7, nx_huge_pages=True)
+    assert NO_AD.is_access_track_spte(tracked)
+    assert NO_AD.is_executable_pte(NO_AD.restore_acc_track_spte(tracked))
 
 
 # ---- one word or a million -------------------------------------------------------------------------------------------
@@ -243,64 +245,92 @@ TRANSFORMATIONS = [
 ]  # fmt: skip
 PREDICATES = [
     "is_shadow_present_pte", "is_removed_spte", "is_mmio_spte", "is_writable_pte", "is_mmu_writable_spte", "is_large_pte",
-    "is_executable_pte", "spte_ad_enabled", "spte_ad_need_write_protect", "spte_shadow_accessed_mask",
-    "spte_shadow_dirty_mask", "is_access_track_spte", "is_accessed_spte", "is_dirty_spte", "spte_has_volatile_bits",
+    "is_executable_pte", "spte_ad_enabled", "spte_ad_need_write_protect", "is_access_track_spte", "is_accessed_spte",
+    "is_dirty_spte", "spte_has_volatile_bits",
 ]  # fmt: skip
+
+
+def one_by_one(helper, words, *how):
+    """What `each` must say: the helper's answer to each distinct word, as columns."""
+    distinct, which = np.unique(words, return_inverse=True)
+    answers = [helper(int(word), *how) for word in distinct]
+    rows = [answer if isinstance(answer, tuple) else (answer,) for answer in answers]
+    return [np.array(column)[which].tolist() for column in zip(*rows, strict=True)]
+
+
+def by_columns(answer):
+    return [column.tolist() for column in (answer if isinstance(answer, tuple) else (answer,))]
 
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_an_array_gets_what_its_words_get(data):
     fmt = data.draw(st.sampled_from([NO_AD, AD, NPT]))
-    legal = list(words_of(fmt))
-    size = data.draw(st.sampled_from([0, 1, 7, 512, 513, 2000]))
-    kinds = data.draw(st.lists(st.sampled_from(legal), min_size=1, max_size=data.draw(st.sampled_from([1, 3, 40]))))
-    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
-    words = np.array(rng.choice(np.array(kinds, np.uint64), size)) ^ (
-        rng.integers(0, 1 << 20, size, dtype=np.uint64) << np.uint64(12)
+    size = data.draw(st.sampled_from([1, 7, 512, 513, 2000]))
+    kinds = data.draw(
+        st.lists(st.sampled_from(list(words_of(fmt))), min_size=1, max_size=data.draw(st.sampled_from([1, 3, 40])))
     )
-    name = data.draw(st.sampled_from(TRANSFORMATIONS + PREDICATES))
-    answer = getattr(fmt, name)(words)
-    each = [getattr(fmt, name)(int(word)) for word in words]
-    if isinstance(answer, tuple):
-        for column, expected in zip(answer, zip(*each, strict=True) if each else [[]] * len(answer), strict=True):
-            assert np.broadcast_to(column, words.shape).tolist() == list(expected)
-    else:
-        assert answer.tolist() == each
+    words = random_words(kinds, size, data.draw(st.integers(0, 99)))
+    helper = getattr(fmt, data.draw(st.sampled_from(TRANSFORMATIONS + PREDICATES)))
+    answer = each(helper, words)
+    assert by_columns(answer) == one_by_one(helper, words)
+    assert type(answer) is type(helper(int(words[0]))) or isinstance(answer, np.ndarray)
+
+
+def random_words(kinds, size, seed=1):
+    """Words of these kinds, mixed, with random addresses."""
+    rng = np.random.default_rng(seed)
+    pfns = rng.integers(0, 1 << 20, size, dtype=np.uint64) << np.uint64(12)
+    return rng.choice(np.array(kinds, np.uint64), size) ^ pfns
+
+
+@pytest.mark.parametrize("way", ["by kind", "compiled"])
+@pytest.mark.parametrize("fmt", [NO_AD, AD], ids=lambda fmt: fmt.name)
+def test_a_million_words_get_what_each_gets_compiled_or_not(fmt, way, monkeypatch):
+    """10^6 words of 40 kinds, mixed, and every transformation; one illegal triple among them is found in both ways."""
+    assert importlib.util.find_spec("numba"), "numba is missing; the extra `test` has it"
+    monkeypatch.setattr(compiled, "numba_is_there", lambda: way == "compiled")
+    words = random_words(list(words_of(fmt))[:40], 10**6)
+    distinct, which = np.unique(words & ~np.uint64(0xFFFFF << 12), return_inverse=True)
+    for name, how in [*((name, ()) for name in TRANSFORMATIONS), ("spte_write_protect", (True,))]:
+        helper = getattr(fmt, name)
+        answer = each(helper, words, *how)
+        columns = answer if isinstance(answer, tuple) else (answer,)
+        for got, column in zip(columns, one_by_one(helper, distinct, *how), strict=True):
+            expected = np.array(column, got.dtype)[which]
+            address = words & np.uint64(0xFFFFF << 12) if got.dtype == np.uint64 else False
+            assert (got == (expected | address)).all(), name
+    for missing in (fmt.shadow_mmu_writable_mask, fmt.shadow_host_writable_mask):
+        broken = words.copy()
+        broken[777_777] = fmt.make_spte(PFN, ad_type=TYPE_1 if fmt is NO_AD else TYPE_0).spte & ~missing
+        helper = fmt.mark_spte_for_access_track if fmt is NO_AD else fmt.spte_clear_dirty
+        with pytest.raises(AssertionError, match="MMU-writable needs host-writable"):
+            each(helper, broken)
 
 
 @pytest.mark.parametrize("kinds", [1, 3, 40])
-def test_large_arrays_of_any_shape_are_worked_in_blocks(kinds):
+def test_arrays_of_any_shape_are_worked_in_blocks(kinds):
     words = np.resize(np.array(list(words_of(NO_AD))[:kinds], np.uint64), (2, BLOCK))
     for name in TRANSFORMATIONS:
-        large = getattr(NO_AD, name)(words)
-        columns = large if isinstance(large, tuple) else (large,)
-        small = [getattr(NO_AD, name)(int(word)) for word in words[0, :kinds]]
-        for number, column in enumerate(columns):
-            assert column.shape == words.shape
-            expected = [answer[number] if isinstance(answer, tuple) else answer for answer in small]
-            assert column[0, :kinds].tolist() == expected and column[1].tolist() == words_like(expected, BLOCK, kinds)
-
-
-def words_like(expected, size, kinds):
-    """What the second row must be: the answers, repeated, from where the first row stopped."""
-    return [expected[(size + index) % kinds] for index in range(size)]
+        answer = each(functools.partial(getattr(NO_AD, name)), words)  # no method, so it is not compiled
+        columns = answer if isinstance(answer, tuple) else (answer,)
+        assert all(column.shape == words.shape for column in columns)
+        assert [column.reshape(-1).tolist() for column in columns] == one_by_one(
+            getattr(NO_AD, name), words.reshape(-1)
+        )
 
 
 def test_the_input_is_left_alone():
     words = np.full(10_000, NO_AD.make_spte(PFN, ad_type=TYPE_1).spte, np.uint64)
     before = words.copy()
-    NO_AD.mmu_spte_age(words)
+    each(NO_AD.mmu_spte_age, words)
     assert (words == before).all()
+    assert each(NO_AD.mmu_spte_age, words[:0]).spte.shape == (0,)
 
 
-def test_words_that_are_no_sptes_are_refused():
-    with pytest.raises(ValueError, match="64 bits wide"):
-        AD.mark_spte_for_access_track(1 << 64)
-    with pytest.raises(ValueError, match="64 bits wide"):
-        AD.spte_write_protect(-1)
+def test_arrays_that_hold_no_sptes_are_refused():
     with pytest.raises(TypeError, match="uint64; got int64"):
-        AD.mark_spte_for_access_track(np.zeros(4, np.int64))
+        each(AD.mark_spte_for_access_track, np.zeros(4, np.int64))
 
 
 def test_saved_bits_are_the_two_that_the_sheet_names():

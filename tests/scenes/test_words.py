@@ -54,7 +54,7 @@ def test_the_named_words_are_the_fact_sheets(state):
 )
 def test_a_whole_vm_makes_the_same_words(hardware, format):
     def flags(spte):
-        return spte & ~(hardware.format.pfn(ALL_BITS) << 12)
+        return spte & ~(hardware.format.spte_to_pfn(ALL_BITS) << 12)
 
     vm, words = Vm(hardware, Kernel.v5_19, vcpus=2), named_words(format)
     vm.set_user_memory_region(slot=0, base_gfn=0x100, npages=1)
@@ -147,7 +147,7 @@ def test_pictures_of_words_are_deterministic_and_say_what_they_show(format):
     shown = [field for field in fields(fmt) if field.kind != ADDRESS]
     assert len(bits) == 24 * len(words) and sum(field.width for field in shown) == 24
     flips = sum(
-        ((a ^ b) & (ALL_BITS ^ fmt.pfn(ALL_BITS) << 12)).bit_count()
+        ((a ^ b) & (ALL_BITS ^ fmt.spte_to_pfn(ALL_BITS) << 12)).bit_count()
         for a, b in zip(list(words.values()), list(words.values())[1:], strict=False)
     )
     assert picture.svg.count(">▲<") == flips and "▲ differs from the word above" in picture.svg

@@ -56,7 +56,7 @@ def words_to_try(format, count, seed=3):
 
 def sentence_of_the_model(fmt, spte):
     """All sentences; of a word that no KVM makes only the first that says so."""
-    said = [s.replace("{pfn}", f"{fmt.pfn(spte):#x}") for ask in SENTENCES if (s := ask(fmt, spte))]
+    said = [s.replace("{pfn}", f"{fmt.spte_to_pfn(spte):#x}") for ask in SENTENCES if (s := ask(fmt, spte))]
     return " ".join(said if is_legal(fmt, spte) else said[:1])
 
 

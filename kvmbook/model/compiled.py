@@ -1,0 +1,138 @@
+"""A helper of `SpteFormat` as a loop over an array, compiled by numba from the helper's own source.
+
+Two functions are made of it, one with the answers and one that says whether the assertions hold: a loop that could raise in
+the middle would not be fast. If they do not hold for some word, the helper itself is run on it, and raises.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib.util
+import inspect
+import textwrap
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+
+@functools.cache
+def numba_is_there() -> bool:
+    """Whether numba can be imported (``pip install 'kvmbook[fast]'``)."""
+    return importlib.util.find_spec("numba") is not None
+
+
+def fill(helper: Any, words: np.ndarray, outs: list[np.ndarray], how: tuple[Any, ...]) -> None:
+    """Fill ``outs``, one array for each column of the answer of the bound method ``helper``."""
+    loop = _loop(helper.__self__, helper.__name__, how, len(outs))
+    if not loop(words, tuple(outs)):
+        for word in words.tolist():
+            helper(word, *how)  # one of them raises
+
+
+LOOP = """
+def loop(words, outs):
+    good = True
+    for i in range(words.size):
+        good &= holds(words[i], {how})
+        said = answer(words[i], {how})
+        {stores}
+    return good
+"""
+
+
+@functools.cache
+def _loop(fmt: Any, name: str, how: tuple[Any, ...], answers: int) -> Callable[..., bool]:
+    import numba
+
+    pair = _Compiled(fmt, _Answers), _Compiled(fmt, _Holds)
+    for one in pair:
+        one.self, one.holds = pair
+    answer, holds = (getattr(one, name) for one in pair)
+    stores = [f"outs[{k}][i] = said[{k}]" for k in range(answers)] if answers > 1 else ["outs[0][i] = said"]
+    known = {"answer": answer, "holds": holds}
+    exec(LOOP.format(how=", ".join(map(repr, how)), stores="; ".join(stores)), known)
+    loop: Callable[..., bool] = numba.njit(known["loop"])
+    return loop
+
+
+class _Compiled(ModuleType):
+    """The helpers of a format, each compiled when it is first named. (Numba looks names up in a module when it compiles.)"""
+
+    self: _Compiled
+    holds: _Compiled
+
+    def __init__(self, fmt: Any, form: type[ast.NodeTransformer]) -> None:
+        super().__init__(form.__name__)
+        self.__dict__.update(_fmt=fmt, _form=form)
+
+    def __getattr__(self, name: str) -> Any:
+        import numba
+
+        value = getattr(self._fmt, name)
+        if not inspect.ismethod(value):
+            return np.uint64(value) if isinstance(value, int) else value
+        tree = ast.parse(textwrap.dedent(inspect.getsource(value.__func__)))
+        function: Any = tree.body[0]
+        function.args.args = [ast.arg(argument.arg) for argument in function.args.args[1:]]  # without self and types
+        function.returns = None
+        tree.body = [self._form().visit(_Unsigned().visit(function))]
+        known = {key: np.uint64(v) if type(v) is int and v >= 0 else v for key, v in value.__func__.__globals__.items()}
+        known |= {"self": self.self, "holds": self.holds, "uint64": np.uint64}
+        exec(compile(ast.fix_missing_locations(tree), f"<{self.__name__} of {name}>", "exec"), known)
+        self.__dict__[name] = numba.njit(known[name])
+        return self.__dict__[name]
+
+
+class _Unsigned(ast.NodeTransformer):
+    """All numbers 64 bits wide, without a sign, as SPTEs are."""
+
+    def visit_Constant(self, node: ast.Constant) -> ast.expr:
+        return ast.parse(f"uint64({node.value})", mode="eval").body if type(node.value) is int else node
+
+
+class _Answers(ast.NodeTransformer):
+    """A helper without its assertions, and without calls that only assert."""
+
+    def visit_Assert(self, node: ast.Assert) -> ast.stmt:
+        return ast.Pass()
+
+    def visit_Expr(self, node: ast.Expr) -> ast.stmt:
+        return ast.Pass()
+
+
+class _Holds(ast.NodeTransformer):
+    """Whether the assertions of a helper hold, and those of the helpers that it calls."""
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.stmt:
+        self.generic_visit(node)
+        node.body.append(ast.parse("return True").body[0])
+        return node
+
+    def visit_Assert(self, node: ast.Assert) -> list[ast.stmt]:
+        return [*self._of_calls(node.test), _unless(node.test)]
+
+    def visit_If(self, node: ast.If) -> list[ast.stmt]:
+        self.generic_visit(node)
+        return [*self._of_calls(node.test), node]
+
+    def visit_Return(self, node: ast.Return) -> list[ast.stmt]:
+        return [*self._of_calls(node), *ast.parse("return True").body]
+
+    def visit_Expr(self, node: ast.Expr) -> list[ast.stmt]:
+        return self._of_calls(node) or [ast.Pass()]
+
+    def visit_Assign(self, node: ast.Assign) -> list[ast.stmt]:
+        return [*self._of_calls(node), node]
+
+    def _of_calls(self, node: ast.AST) -> list[ast.stmt]:
+        calls = [
+            call for call in ast.walk(node) if isinstance(call, ast.Call) and ast.unparse(call).startswith("self.")
+        ]
+        return [_unless(ast.parse(ast.unparse(call).replace("self.", "holds.", 1), mode="eval").body) for call in calls]
+
+
+def _unless(test: ast.expr) -> ast.stmt:
+    return ast.If(ast.UnaryOp(ast.Not(), test), ast.parse("return False").body, [])
