@@ -39,7 +39,8 @@ def main(command: str) -> None:
         if pathlib.Path(sys.prefix).resolve() == VENV.resolve():
             install(command)
             return
-        make_environment()
+        if not works(VENV / "bin/python", "pip"):  # somebody may have made it while we waited
+            make_environment()
     python = str(VENV / "bin/python")
     os.execv(python, [python, __file__, command])
 
@@ -61,8 +62,8 @@ def make_environment() -> None:
     """Make .venv with the Python that runs this. One that works is completed, any other is made anew."""
     version = ".".join(map(str, sys.version_info[:2]))
     advice = "on Debian or Ubuntu: apt-get install python3-venv; or name another Python: PYTHON=python3.12 make ..."
-    if importlib.util.find_spec("ensurepip") is None or importlib.util.find_spec("venv") is None:
-        raise SystemExit(f"{sys.executable} comes without venv and ensurepip, and .venv cannot be made; {advice}")
+    if importlib.util.find_spec("ensurepip") is None:
+        raise SystemExit(f"{sys.executable} comes without ensurepip, and .venv cannot be made; {advice}")
     print(f"Making .venv with Python {version}.", flush=True)
     again = [] if works(VENV / "bin/python") else ["--clear"]
     done = subprocess.run([sys.executable, "-m", "venv", *again, VENV], capture_output=True, text=True, check=False)
@@ -71,11 +72,11 @@ def make_environment() -> None:
         raise SystemExit(f"{sys.executable} -m venv says: {said[-500:]}\n.venv could not be made; {advice}")
 
 
-def works(python: pathlib.Path) -> bool:
-    """Whether a Python is there, runs, and is new enough."""
+def works(python: pathlib.Path, module: str = "sys") -> bool:
+    """Whether a Python is there, runs, is new enough and has this module."""
     if not python.exists():
         return False
-    return subprocess.run([python, "-c", "import tomllib"], capture_output=True, check=False).returncode == 0
+    return subprocess.run([python, "-c", f"import tomllib, {module}"], capture_output=True, check=False).returncode == 0
 
 
 # ---- what is there, and what is missing ------------------------------------------------------------------------------
@@ -85,8 +86,10 @@ ITSELF = "kvmbook itself"
 
 
 def unmet(lines: list[str]) -> list[str]:
-    """What of these requirements the Python that runs this has not; and whether it has kvmbook, by a path file."""
-    return [line for line in lines if not is_there(line)] + [ITSELF] * (str(ROOT) not in sys.path)
+    """What of these requirements this environment has not; the clone itself counts as there if a path file names it."""
+    path_files = pathlib.Path(sysconfig.get_path("purelib")).glob("*.pth")
+    named = [line for file in path_files for line in file.read_text(errors="replace").splitlines()]
+    return [line for line in lines if not is_there(line)] + [ITSELF] * (str(ROOT) not in named)
 
 
 def requirements(extra: str) -> list[str]:

@@ -133,7 +133,8 @@ def wishes(tmp_path, monkeypatch):
     """A clone whose pyproject.toml is given."""
     monkeypatch.setattr(install, "ROOT", tmp_path)
     monkeypatch.setattr(install, "VENV", tmp_path / ".venv")
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(install.sysconfig, "get_path", lambda name: tmp_path)
+    (tmp_path / "kvmbook.pth").write_text(f"{tmp_path}\n")
     (tmp_path / "tools").mkdir()
     (tmp_path / "tools/overrides.json").write_text("{}")
 
@@ -145,12 +146,12 @@ def wishes(tmp_path, monkeypatch):
     return wish
 
 
-def test_what_is_missing_or_too_old_is_named(wishes):
+def test_what_is_missing_or_too_old_is_named(wishes, tmp_path):
     wishes("numpy>=1", book=["numpy>=99"], fast=["no-such-package"], test=["kvmbook[book,fast]", "pytest"])
     assert [install.unmet(install.requirements(extra)) for extra in ("", "book", "test")] == [
         [], ["numpy>=99"], ["numpy>=99", "no-such-package"]
     ]  # fmt: skip
-    sys.path.remove(str(install.ROOT))
+    (tmp_path / "kvmbook.pth").write_text("/where/it/was\n")
     assert install.unmet([]) == ["kvmbook itself"]
 
 
@@ -165,9 +166,8 @@ def test_if_pip_fails_its_complaints_and_one_sentence_are_shown(wishes, monkeypa
 def test_if_pip_fails_though_everything_is_there_we_go_on(wishes, tmp_path, monkeypatch, capsys):
     """As where a clone was moved, and there is no network: the path file is old."""
     wishes("numpy")
-    sys.path.remove(str(tmp_path))
+    (tmp_path / "kvmbook.pth").write_text("/where/it/was\n")
     monkeypatch.setattr(install, "pip", lambda *arguments: ["ERROR: there is no network"])
-    monkeypatch.setattr(install.sysconfig, "get_path", lambda name: tmp_path)
     install.install("lab")
     assert (tmp_path / "kvmbook.pth").read_text() == f"{tmp_path}\n"
     assert capsys.readouterr().out.endswith("everything that is needed is there; going on.\n")
@@ -189,7 +189,7 @@ def test_pips_many_words_become_a_line_for_each_stage(wishes, tmp_path, monkeypa
 
 def test_a_python_without_ensurepip_is_told_from_one_that_has_it(monkeypatch):
     monkeypatch.setattr(install.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match=r"comes without venv and ensurepip.*apt-get install python3-venv.*PYTHON="):
+    with pytest.raises(SystemExit, match=r"comes without ensurepip.*apt-get install python3-venv.*PYTHON="):
         install.make_environment()
 
 
