@@ -17,20 +17,19 @@ from kvmbook.model.spte import PG_LEVEL_4K
 def kvm_age_gfn(m: Machine, start: int, end: int) -> bool:
     """Age the gfns of [start, end), huge pages as one. Returns whether any was young.
     Source: mmu/mmu.c: kvm_age_gfn(), mmu/tdp_mmu.c: kvm_tdp_mmu_age_gfn_range(), v5.19."""
-    young = m.update_rmap_leaves(start, end, m.fmt.mmu_spte_age)
-    return m.update_tdp_leaves(start, end, m.fmt.mmu_spte_age) or young
+    return m.update_both_sides(start, end, m.fmt.mmu_spte_age)
 
 
 def kvm_test_age_gfn(m: Machine, start: int, end: int) -> bool:
     """Whether any gfn of [start, end) is young. Changes nothing.
     Source: mmu/mmu.c: kvm_test_age_gfn(), mmu/tdp_mmu.c: test_age_gfn(), v5.19."""
-    return any(m.fmt.is_accessed_spte(spte) for _, _, _, spte in m.page_tables.leaves(start, end))
+    return any(m.fmt.is_accessed_spte(spte) for _, _, _, spte in m.page_tables.every_leaf(start, end))
 
 
 def kvm_unmap_gfn_range(m: Machine, start: int, end: int) -> bool:
     """Zap the leaves over [start, end). Returns whether there were any.
     Source: mmu/mmu.c: kvm_unmap_gfn_range(), mmu/tdp_mmu.c: kvm_tdp_mmu_zap_leafs(), v5.19."""
-    leaves = list(m.page_tables.leaves(start, end))
+    leaves = list(m.page_tables.every_leaf(start, end))
     for sptep, _, _, spte in leaves:
         m.tell_host(spte, 0)
         m.page_tables.write(sptep, 0)

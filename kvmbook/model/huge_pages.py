@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kvmbook.model.machine import Machine
 from kvmbook.model.memslots import MemorySlot
-from kvmbook.model.page_tables import Sptep
+from kvmbook.model.page_tables import RMAPS, TDP, Sptep
 from kvmbook.model.spte import KVM_MAX_HUGEPAGE_LEVEL, PAGE_SHIFT, PG_LEVEL_2M, PG_LEVEL_4K, pages_per_level
 
 
@@ -32,21 +32,14 @@ def kvm_mmu_max_mapping_level(m: Machine, slot: MemorySlot, gfn: int) -> int:
     return level
 
 
-def tdp_mmu_split_huge_pages(m: Machine, start: int, end: int) -> None:
-    """Split each huge TDP MMU leaf over [start, end) down to 4K, without a flush: the parts allow what the whole did.
-    Source: mmu/tdp_mmu.c: tdp_mmu_split_huge_pages_root(), v5.19."""
+def split_huge_pages(m: Machine, side: bool, start: int, end: int) -> None:
+    """Split each huge leaf of one side over [start, end) down to 4K, without a flush: the parts allow what the whole did.
+    On the rmap side these are the huge pages of nested guests (v6.0, ada51a9de725).
+    Source: mmu/tdp_mmu.c: tdp_mmu_split_huge_pages_root(), mmu/mmu.c: kvm_shadow_mmu_try_split_huge_pages(), v6.0."""
     for level in range(KVM_MAX_HUGEPAGE_LEVEL, PG_LEVEL_4K, -1):
-        for table, leaves in m.page_tables.tdp_leaves(start, end, min_level=level, max_level=level):
+        for table, leaves in m.page_tables.leaves(side, start, end, (level, level)):
             for index in leaves.tolist():
                 m.page_tables.split(Sptep(table.pfn, index), m.nx_huge_pages)
-
-
-def shadow_mmu_split_huge_pages(m: Machine, start: int, end: int) -> None:
-    """The same for the huge pages of nested guests (ada51a9de725).
-    Source: mmu/mmu.c: kvm_shadow_mmu_try_split_huge_pages(), v6.0."""
-    for level in range(KVM_MAX_HUGEPAGE_LEVEL, PG_LEVEL_4K, -1):
-        for sptep in m.page_tables.rmap_leaves(start, end, min_level=level, max_level=level):
-            m.page_tables.split(sptep, m.nx_huge_pages)
 
 
 def zap_collapsible_rmap_sptes(m: Machine, slot: MemorySlot) -> bool:
@@ -54,19 +47,19 @@ def zap_collapsible_rmap_sptes(m: Machine, slot: MemorySlot) -> bool:
     faults map it. Returns whether to flush.
     Source: mmu/mmu.c: kvm_mmu_zap_collapsible_spte(), v5.19."""
     dropped, max_level = False, PG_LEVEL_2M if m.kernel.recovers_2m_rmaps else PG_LEVEL_4K
-    for sptep in m.page_tables.rmap_leaves(slot.base_gfn, slot.end_gfn, max_level=max_level):
-        table = m.page_tables.tables[sptep.table]
-        if table.direct and table.level < kvm_mmu_max_mapping_level(m, slot, table.gfn(sptep.entry)):
-            m.tell_host(m.page_tables.read(sptep), 0)
-            m.page_tables.write(sptep, 0)
-            dropped = True
+    for table, leaves in m.page_tables.leaves(RMAPS, slot.base_gfn, slot.end_gfn, (PG_LEVEL_4K, max_level)):
+        for index in leaves.tolist() if table.direct else ():
+            if table.level < kvm_mmu_max_mapping_level(m, slot, table.gfn(index)):
+                m.tell_host(int(table.sptes[index]), 0)
+                table.sptes[index] = 0
+                dropped = True
     return dropped
 
 
 def zap_collapsible_tdp_sptes(m: Machine, slot: MemorySlot) -> None:
     """Cut off each TDP MMU table whose pages could be one huge page, flush, and free it.
     Source: mmu/tdp_mmu.c: zap_collapsible_spte_range(), v5.19."""
-    for table, leaves in m.page_tables.tdp_leaves(slot.base_gfn, slot.end_gfn, max_level=PG_LEVEL_2M):
+    for table, leaves in m.page_tables.leaves(TDP, slot.base_gfn, slot.end_gfn, (PG_LEVEL_4K, PG_LEVEL_2M)):
         first = table.gfn(int(leaves[0]))
         level = kvm_mmu_max_mapping_level(m, slot, first)
         if level > table.level and table.pfn in m.page_tables.tables:

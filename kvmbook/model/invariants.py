@@ -24,7 +24,7 @@ def check_leaf(fmt: SpteFormat, gfn: int, spte: int) -> None:
 
 def leaves_are_legal(m: Machine) -> None:
     """See `check_leaf`."""
-    for _, _, gfn, spte in m.page_tables.leaves():
+    for _, _, gfn, spte in m.page_tables.every_leaf():
         check_leaf(m.fmt, gfn, spte)
 
 
@@ -33,7 +33,7 @@ def key_invariant(m: Machine) -> None:
     for vcpu in m.vcpus:
         for root, gfn, entry in vcpu.tlb.writable():
             pages, mapped = pages_per_level(entry.level), 0
-            for _, table, first, spte in m.page_tables.leaves(gfn, gfn + pages):
+            for _, table, first, spte in m.page_tables.every_leaf(gfn, gfn + pages):
                 if table.root.name == root:
                     mapped += min(pages, pages_per_level(table.level))
                     in_flight = any(op.lock == "write" or op.needs_slots_lock for op in m.in_flight)
@@ -55,7 +55,7 @@ def writable_means_marked(m: Machine) -> None:
     """In a slot that logs, a leaf that lets the guest write without a trace is marked: W=1 where W tells, D=1 where D does.
     No leaf above 4K is writable, unless enabling left all pages marked instead (INITIALLY_SET)."""
     for slot in logged_slots(m):
-        for _, table, gfn, spte in m.page_tables.leaves(slot.base_gfn, slot.end_gfn):
+        for _, table, gfn, spte in m.page_tables.every_leaf(slot.base_gfn, slot.end_gfn):
             if m.fmt.is_writable_pte(spte) and not (m.initially_set and table.level > PG_LEVEL_4K):
                 assert table.level == PG_LEVEL_4K, (
                     f"gfn {gfn:#x} is mapped writable by a huge page although its slot logs"

@@ -19,8 +19,8 @@ from kvmbook.model.hardware import Hardware
 from kvmbook.model.host import HostMemory
 from kvmbook.model.kernel import Kernel
 from kvmbook.model.memslots import DirtyRing, MemorySlot, Memslots, to_bits, to_words
-from kvmbook.model.page_tables import PageTables, Root, Sptep
-from kvmbook.model.spte import KVM_MAX_HUGEPAGE_LEVEL, PG_LEVEL_4K, SpteFormat
+from kvmbook.model.page_tables import LEVELS, RMAPS, TDP, PageTables, Root, Sptep
+from kvmbook.model.spte import SpteFormat
 from kvmbook.model.tlb import Tlb
 
 Rule = Callable[[int], Any]  # a helper of SpteFormat: an SPTE to a named tuple of the new one and an answer
@@ -294,39 +294,27 @@ class Machine:
 
     # ---- SPTEs in bulk ----------------------------------------------------------------------------------------------
 
-    def update_tdp_leaves(
-        self, start: int, end: int, rule: Rule, min_level: int = PG_LEVEL_4K, max_level: int = KVM_MAX_HUGEPAGE_LEVEL
-    ) -> bool:
-        """Apply a helper of `SpteFormat` to each present TDP MMU leaf over [start, end). Whether it said yes to one."""
-        yes = False
-        for table, leaves in self.page_tables.tdp_leaves(start, end, min_level, max_level):
-            old = table.sptes[leaves]
-            visits = each(self._visit(rule), old)
-            table.sptes[leaves] = visits.spte
-            self.host.dirty.update(map(self.fmt.spte_to_pfn, old[visits.was_dirty].tolist()))
-            yes = yes or bool(visits.yes.any())
-        return yes
-
-    def update_rmap_leaves(
-        self, start: int, end: int, rule: Rule, min_level: int = PG_LEVEL_4K, max_level: int = KVM_MAX_HUGEPAGE_LEVEL
-    ) -> bool:
-        """The same for the legacy MMU's leaves.
+    def update_leaves(self, side: bool, start: int, end: int, rule: Rule, levels: tuple[int, int] = LEVELS) -> bool:
+        """Apply a helper of `SpteFormat` to each present leaf of one side over [start, end). Whether it said yes to one.
         Source: mmu/mmu.c: slot_handle_level(), slot_handle_level_4k(), v5.19."""
-        yes = False
-        for sptep in self.page_tables.rmap_leaves(start, end, min_level, max_level):
-            old = self.page_tables.read(sptep)
-            visit = self._visit(rule)(old)
-            self.page_tables.write(sptep, visit.spte)
-            self.tell_host(old, visit.spte)
-            yes = yes or visit.yes
-        return yes
 
-    def _visit(self, rule: Rule) -> Callable[[int], Visit]:
         def visit(old: int) -> Visit:
             new, yes, *_ = rule(old)
             return Visit(new, bool(yes), self._stops_being_dirty(old, new))
 
-        return visit
+        asked = False
+        for table, leaves in self.page_tables.leaves(side, start, end, levels):
+            old = table.sptes[leaves]
+            visits = each(visit, old)
+            table.sptes[leaves] = visits.spte
+            self.host.dirty.update(map(self.fmt.spte_to_pfn, old[visits.was_dirty].tolist()))
+            asked = asked or bool(visits.yes.any())
+        return asked
+
+    def update_both_sides(self, start: int, end: int, rule: Rule) -> bool:
+        """The same for the leaves of both sides."""
+        asked = self.update_leaves(RMAPS, start, end, rule)
+        return self.update_leaves(TDP, start, end, rule) or asked
 
     def drop_table(self, sptep: Sptep) -> None:
         """Cut off a table with all that hangs below it, flush, and give the tables back."""
@@ -340,7 +328,7 @@ class Machine:
         """Drop every tree of the VM; flush if there was more than bare roots. (A bare root of the legacy MMU costs a flush
         at the next entry of a vCPU, which frees it; the model does not count that one.)
         Source: mmu/mmu.c: kvm_mmu_zap_all_fast(), v5.19."""
-        for _, _, _, spte in self.page_tables.leaves():
+        for _, _, _, spte in self.page_tables.every_leaf():
             self.tell_host(spte, 0)
         if self.page_tables.zap_all():
             self.kvm_flush_remote_tlbs()

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 from kvmbook.model import huge_pages
 from kvmbook.model.access_tracking import InvalidateRange
 from kvmbook.model.machine import Machine, Operation, Rule, step
 from kvmbook.model.memslots import Change, MemoryRegion, MemorySlot, check_width
+from kvmbook.model.page_tables import LEVELS, RMAPS, TDP
 from kvmbook.model.spte import KVM_MAX_HUGEPAGE_LEVEL, PG_LEVEL_2M, PG_LEVEL_4K, Flushed
 
 PUBLICATIONS = ("kvm_invalidate_memslot", "kvm_swap_active_memslots", "kvm_activate_memslot")
@@ -183,41 +183,38 @@ class SetUserMemoryRegion(Operation):
 
     @step(lock="write")
     def split_huge_rmap_sptes(self, m: Machine) -> None:
-        huge_pages.shadow_mmu_split_huge_pages(m, self.slot.base_gfn, self.slot.end_gfn)
+        huge_pages.split_huge_pages(m, RMAPS, self.slot.base_gfn, self.slot.end_gfn)
 
     @step(lock="read")
     def split_huge_tdp_sptes(self, m: Machine) -> None:
-        huge_pages.tdp_mmu_split_huge_pages(m, self.slot.base_gfn, self.slot.end_gfn)
+        huge_pages.split_huge_pages(m, TDP, self.slot.base_gfn, self.slot.end_gfn)
 
     @step(lock="write")
     def clear_dirty_rmap(self, m: Machine) -> str | None:
         """4K leaves only: the legacy MMU logs at no other size.
         Source: mmu/mmu.c: kvm_mmu_slot_leaf_clear_dirty(), __rmap_clear_dirty(), v5.19."""
-        asks = m.kernel.flush.after_clear_dirty
-        return self._pass(
-            m, "clear_dirty_rmap", m.update_rmap_leaves, m.fmt.rmap_clear_dirty, asks, max_level=PG_LEVEL_4K
-        )
+        small, asks = (PG_LEVEL_4K, PG_LEVEL_4K), m.kernel.flush.after_clear_dirty
+        return self._pass(m, "clear_dirty_rmap", RMAPS, m.fmt.rmap_clear_dirty, small, asks)
 
     @step(lock="read")
     def clear_dirty_tdp(self, m: Machine) -> str | None:
         """Leaves of every size. Source: mmu/mmu.c: kvm_mmu_slot_leaf_clear_dirty(), mmu/tdp_mmu.c:
         kvm_tdp_mmu_clear_dirty_slot(), clear_dirty_gfn_range(), v5.19."""
-        asks = m.kernel.flush.after_clear_dirty
-        return self._pass(m, "clear_dirty_tdp", m.update_tdp_leaves, m.fmt.tdp_clear_dirty, asks)
+        return self._pass(m, "clear_dirty_tdp", TDP, m.fmt.tdp_clear_dirty, LEVELS, m.kernel.flush.after_clear_dirty)
 
     @step(lock="write")
     def write_protect_rmap(self, m: Machine) -> str | None:
         """With PML from 2M up: 4K leaves are left writable, as D tells.
         Source: mmu/mmu.c: kvm_mmu_slot_remove_write_access(), slot_rmap_write_protect(), v5.19."""
-        asks, level = m.kernel.flush.after_write_protect, self._start_level(m)
-        return self._pass(m, "write_protect_rmap", m.update_rmap_leaves, m.fmt.spte_write_protect, asks, level)
+        levels, asks = self._levels(m), m.kernel.flush.after_write_protect
+        return self._pass(m, "write_protect_rmap", RMAPS, m.fmt.spte_write_protect, levels, asks)
 
     @step(lock="read")
     def write_protect_tdp(self, m: Machine) -> str | None:
         """The same. Source: mmu/mmu.c: kvm_mmu_slot_remove_write_access(), mmu/tdp_mmu.c: kvm_tdp_mmu_wrprot_slot(),
         wrprot_gfn_range(), v5.19."""
-        asks, level = m.kernel.flush.after_write_protect, self._start_level(m)
-        return self._pass(m, "write_protect_tdp", m.update_tdp_leaves, m.fmt.tdp_wrprot, asks, level)
+        levels, asks = self._levels(m), m.kernel.flush.after_write_protect
+        return self._pass(m, "write_protect_tdp", TDP, m.fmt.tdp_wrprot, levels, asks)
 
     @step()
     def flush_if_owed(self, m: Machine) -> str:
@@ -242,29 +239,22 @@ class SetUserMemoryRegion(Operation):
             m.watch(self.new)
         return f"slot {self.slot.id}"
 
-    def _start_level(self, m: Machine) -> int:
-        return PG_LEVEL_2M if m.hardware.pml_entries else PG_LEVEL_4K
+    def _levels(self, m: Machine) -> tuple[int, int]:
+        return PG_LEVEL_2M if m.hardware.pml_entries else PG_LEVEL_4K, KVM_MAX_HUGEPAGE_LEVEL
 
     def _pass(
-        self,
-        m: Machine,
-        name: str,
-        update: Callable[[int, int, Rule, int, int], bool],
-        helper: Rule,
-        asks: Callable[..., bool],
-        min_level: int = PG_LEVEL_4K,
-        max_level: int = KVM_MAX_HUGEPAGE_LEVEL,
+        self, m: Machine, name: str, side: bool, helper: Rule, levels: tuple[int, int], asks: Callable[..., bool]
     ) -> str | None:
-        """Visit the next pages of the slot, all of them or ``pages_per_step``, and come back for the rest. Each leaf that the
-        ``helper`` has changed, or left alone, is shown to the flush rule's question ``asks``."""
+        """Visit the next pages of the slot, all of them or ``pages_per_step``, and come back for the rest. Each leaf, before
+        and after the ``helper`` and with its answer, is put before the flush rule's question ``asks``."""
 
-        def visit(old: int) -> Any:
+        def visit(old: int) -> Flushed:
             new, answer = helper(old)
             return Flushed(new, asks(m.fmt, old, new, answer))
 
         start = self.slot.base_gfn if self.cursor is None else self.cursor
         end = min(start + (m.pages_per_step or self.slot.npages), self.slot.end_gfn)
-        asked = update(start, end, visit, min_level, max_level)
+        asked = m.update_leaves(side, start, end, visit, levels)
         self.flush |= asked
         self.cursor = None if end == self.slot.end_gfn else end
         if self.cursor is not None:

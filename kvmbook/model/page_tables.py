@@ -1,7 +1,8 @@
-"""Who maps a gfn: trees of 512-entry tables, and, for the legacy MMU, the rmap lists that lead back to them.
+"""Who maps a gfn: trees of 512-entry tables, one per root.
 
-A VM has one tree per root. The TDP MMU's trees are walked from the top by gfn; the legacy MMU's SPTEs are found through
-``rmaps``, one list per (level, gfn). Both can hold SPTEs of one gfn at the same time: a nested guest's beside L1's.
+Some are the TDP MMU's, some the legacy MMU's, and both can hold SPTEs of one gfn at the same time: a nested guest's beside
+L1's. The kernel walks the TDP MMU's trees from the top, and finds the legacy MMU's SPTEs through rmaps, one list per level
+and gfn; the model looks through the tables of the one *side* or the other.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from kvmbook.model.spte import (
 )
 
 FIRST_TABLE_PFN = 1 << 37
+RMAPS, TDP = False, True  # the two sides; `Root.tdp_mmu` says which
+LEVELS = PG_LEVEL_4K, KVM_MAX_HUGEPAGE_LEVEL
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,7 @@ class PageTable:
 
     def mapped(self, start: int, end: int) -> np.ndarray:
         """The indices of what is not 0, from the entry that covers ``start`` to the last that begins before ``end``."""
-        first, last = self.index(start), -(-(end - self.base_gfn) // pages_per_level(self.level))
-        first = max(first, 0)
+        first, last = max(self.index(start), 0), -(-(end - self.base_gfn) // pages_per_level(self.level))
         return first + np.flatnonzero(self.sptes[first : max(last, 0)])
 
 
@@ -89,14 +91,12 @@ class Found(NamedTuple):
 
 @dataclass
 class PageTables:
-    """All trees of a VM, by the frame of each table, and the legacy MMU's rmaps.
-    Source: arch/x86/include/asm/kvm_host.h: struct kvm_rmap_head, v5.19."""
+    """All trees of a VM, by the frame of each table."""
 
     fmt: SpteFormat
     root_level: int
     tables: dict[int, PageTable] = field(default_factory=dict)
     roots: dict[Root, int] = field(default_factory=dict)
-    rmaps: dict[tuple[int, int], list[Sptep]] = field(default_factory=dict)
     next_pfn: int = FIRST_TABLE_PFN
     shadow_root_allocated: bool = False
 
@@ -106,18 +106,7 @@ class PageTables:
         return int(self.tables[sptep.table].sptes[sptep.entry])
 
     def write(self, sptep: Sptep, spte: int) -> None:
-        """Store an SPTE, and keep the rmaps in step if the legacy MMU owns it."""
-        table = self.tables[sptep.table]
-        if not table.root.tdp_mmu:
-            key = (table.level, table.gfn(sptep.entry))
-            was, is_now = self._maps_page(self.read(sptep), table.level), self._maps_page(spte, table.level)
-            if is_now and not was:
-                self.rmaps.setdefault(key, []).append(sptep)
-            elif was and not is_now:
-                self.rmaps[key].remove(sptep)
-                if not self.rmaps[key]:
-                    del self.rmaps[key]
-        table.sptes[sptep.entry] = spte
+        self.tables[sptep.table].sptes[sptep.entry] = spte
 
     def _maps_page(self, spte: int, level: int) -> bool:
         return self.fmt.is_shadow_present_pte(spte) and self.fmt.is_last_spte(spte, level)
@@ -208,54 +197,29 @@ class PageTables:
         linked = len(self.tables) > len(self.roots)
         self.tables.clear()
         self.roots.clear()
-        self.rmaps.clear()
         return linked
 
     # ---- who maps these gfns ----------------------------------------------------------------------------------------
 
-    def tdp_leaves(
-        self, start: int, end: int, min_level: int = PG_LEVEL_4K, max_level: int = KVM_MAX_HUGEPAGE_LEVEL
+    def leaves(
+        self, side: bool, start: int, end: int, levels: tuple[int, int] = LEVELS
     ) -> list[tuple[PageTable, np.ndarray]]:
-        """Return, for each TDP MMU table with leaves over gfns of [start, end) at these levels: the table, and their indices.
-        Source: mmu/tdp_iter.h: for_each_tdp_pte_min_level(), v5.19."""
+        """Return, for each table of one side with present leaves over gfns of [start, end), at these levels: the table, and
+        the indices of those leaves. Source: mmu/tdp_iter.h: for_each_tdp_pte_min_level(), mmu/mmu.c:
+        for_each_slot_rmap_range(), arch/x86/include/asm/kvm_host.h: struct kvm_rmap_head, v5.19."""
         found = []
-        for table in [
-            t for root, pfn in self.roots.items() if root.tdp_mmu for t in self._tables_over(pfn, start, end)
-        ]:
-            if min_level <= table.level <= max_level:
+        for table in self.tables.values():
+            apart = end <= table.base_gfn or table.gfn(SPTES_PER_TABLE) <= start
+            if table.root.tdp_mmu is side and levels[0] <= table.level <= levels[1] and not apart:
                 mapped = table.mapped(start, end)
                 leaf = each(self._maps_page, table.sptes[mapped], table.level)
                 if leaf.any():
                     found.append((table, mapped[leaf]))
         return found
 
-    def _tables_over(self, pfn: int, start: int, end: int) -> Iterator[PageTable]:
-        table = self.tables[pfn]
-        yield table
-        for spte in table.sptes[table.mapped(start, end)].tolist() if table.level > PG_LEVEL_4K else ():
-            if self.fmt.is_shadow_present_pte(spte) and not self.fmt.is_last_spte(spte, table.level):
-                yield from self._tables_over(self.fmt.spte_to_pfn(spte), start, end)
-
-    def rmap_leaves(
-        self, start: int, end: int, min_level: int = PG_LEVEL_4K, max_level: int = KVM_MAX_HUGEPAGE_LEVEL
-    ) -> list[Sptep]:
-        """The legacy MMU's leaves that map gfns of [start, end), low levels first.
-        Source: mmu/mmu.c: for_each_slot_rmap_range(), v5.19."""
-        sptes: list[Sptep] = []
-        for level in range(min_level, max_level + 1):
-            heads = range(start & -pages_per_level(level), end, pages_per_level(level))
-            if len(heads) > len(self.rmaps):
-                mapped = sorted(gfn for at, gfn in self.rmaps if at == level and gfn in heads)
-            else:
-                mapped = [gfn for gfn in heads if (level, gfn) in self.rmaps]
-            sptes += (sptep for gfn in mapped for sptep in self.rmaps[level, gfn])
-        return sptes
-
-    def leaves(self, start: int = 0, end: int = 1 << 52) -> Iterator[tuple[Sptep, PageTable, int, int]]:
-        """Yield (place, table, first gfn, spte) of each present leaf of both MMUs that maps gfns of [start, end)."""
-        for pfn in sorted(self.tables):
-            table = self.tables[pfn]
-            for index in table.mapped(start, end).tolist():
-                spte = int(table.sptes[index])
-                if self._maps_page(spte, table.level):
-                    yield Sptep(pfn, index), table, table.gfn(index), spte
+    def every_leaf(self, start: int = 0, end: int = 1 << 52) -> Iterator[tuple[Sptep, PageTable, int, int]]:
+        """Yield (place, table, first gfn, spte) of each present leaf of both sides that maps gfns of [start, end)."""
+        for side in (RMAPS, TDP):
+            for table, indices in self.leaves(side, start, end):
+                for index in indices.tolist():
+                    yield Sptep(table.pfn, index), table, table.gfn(index), int(table.sptes[index])

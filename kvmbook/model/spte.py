@@ -113,27 +113,37 @@ class SpteFormat:
     """
 
     name: str
-    shadow_user_mask: int
-    shadow_accessed_mask: int
-    shadow_dirty_mask: int
-    shadow_nx_mask: int
-    shadow_x_mask: int
-    shadow_present_mask: int
-    shadow_acc_track_mask: int
-    shadow_host_writable_mask: int
-    shadow_mmu_writable_mask: int
-    shadow_memtype_mask: int
-    shadow_mmio_value: int
-    shadow_mmio_mask: int
+    shadow_user_mask: int = 1 << 2  # by default as kvm_mmu_reset_all_pte_masks() has them
+    shadow_accessed_mask: int = 1 << 5
+    shadow_dirty_mask: int = 1 << 6
+    shadow_nx_mask: int = 1 << 63
+    shadow_x_mask: int = 0
+    shadow_present_mask: int = READ_MASK
+    shadow_acc_track_mask: int = 0
+    shadow_host_writable_mask: int = 1 << 9
+    shadow_mmu_writable_mask: int = 1 << 10
+    shadow_memtype_mask: int = 0
+    shadow_mmio_value: int = 1 << 51 | READ_MASK
+    shadow_mmio_mask: int = 1 << 51 | READ_MASK
 
     # ---- the formats ------------------------------------------------------------------------------------------------
 
     @classmethod
+    def npt(cls) -> SpteFormat:
+        """Return AMD's nested paging format, which always has A and D bits.
+        Source: mmu/spte.c: kvm_mmu_reset_all_pte_masks(), v5.19."""
+        return cls("NPT")
+
+    @classmethod
+    def shadow(cls) -> SpteFormat:
+        """Return the format of shadow paging: the guest's own x86-64 format.
+        Source: mmu/spte.c: kvm_mmu_reset_all_pte_masks(), v5.19."""
+        return cls("shadow paging")
+
+    @classmethod
     def ept(cls, ad_bits: bool = True, exec_only: bool = True) -> SpteFormat:
         """Return Intel's EPT format. ``ad_bits=False``: a CPU before Haswell, or ``kvm_intel.eptad=0``.
-
-        Source: mmu/spte.c: kvm_mmu_set_ept_masks(), v5.19.
-        """
+        Source: mmu/spte.c: kvm_mmu_set_ept_masks(), v5.19."""
         return cls(
             name="EPT with A/D bits" if ad_bits else "EPT without A/D bits",
             shadow_user_mask=READ_MASK,
@@ -148,38 +158,6 @@ class SpteFormat:
             shadow_memtype_mask=6 << 3 | 1 << 6,
             shadow_mmio_value=0b110,
             shadow_mmio_mask=0b111,
-        )
-
-    @classmethod
-    def npt(cls) -> SpteFormat:
-        """Return AMD's nested paging format, which always has A and D bits.
-
-        Source: mmu/spte.c: kvm_mmu_reset_all_pte_masks(), v5.19.
-        """
-        return cls._x86_64("NPT")
-
-    @classmethod
-    def shadow(cls) -> SpteFormat:
-        """Return the format of shadow paging: the guest's own x86-64 format.
-        Source: mmu/spte.c: kvm_mmu_reset_all_pte_masks(), v5.19."""
-        return cls._x86_64("shadow paging")
-
-    @classmethod
-    def _x86_64(cls, name: str) -> SpteFormat:
-        return cls(
-            name=name,
-            shadow_user_mask=1 << 2,
-            shadow_accessed_mask=1 << 5,
-            shadow_dirty_mask=1 << 6,
-            shadow_nx_mask=1 << 63,
-            shadow_x_mask=0,
-            shadow_present_mask=READ_MASK,
-            shadow_acc_track_mask=0,
-            shadow_host_writable_mask=1 << 9,
-            shadow_mmu_writable_mask=1 << 10,
-            shadow_memtype_mask=0,
-            shadow_mmio_value=1 << 51 | READ_MASK,
-            shadow_mmio_mask=1 << 51 | READ_MASK,
         )
 
     # ---- predicates -------------------------------------------------------------------------------------------------

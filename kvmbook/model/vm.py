@@ -272,7 +272,7 @@ class Vm(Machine):
 
     def write_protect_host_page(self, gfn: int) -> None:
         """Let the host map the page read-only until it is written, as a fresh page may be. ValueError if it is mapped."""
-        if any(self.page_tables.leaves(gfn, gfn + 1)):
+        if any(self.page_tables.every_leaf(gfn, gfn + 1)):
             raise ValueError(f"gfn {gfn:#x} is mapped already; use change_pte")
         self.host.protect(self._slot_of(gfn).hva(gfn))
         self.mmu_notifier_seq += 1

@@ -7,14 +7,16 @@ CPU can write, and so clears MMU-writable too. (*Enabling* dirty logging passes 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
 
-from kvmbook.model.huge_pages import shadow_mmu_split_huge_pages, tdp_mmu_split_huge_pages
+from kvmbook.model.huge_pages import split_huge_pages
 from kvmbook.model.machine import Machine, Operation, step
 from kvmbook.model.memslots import MemorySlot
-from kvmbook.model.spte import PG_LEVEL_2M, PG_LEVEL_4K, Changed, Flushed, pages_per_level
+from kvmbook.model.page_tables import RMAPS, TDP
+from kvmbook.model.spte import KVM_MAX_HUGEPAGE_LEVEL, PG_LEVEL_2M, PG_LEVEL_4K, pages_per_level
 
 
 def kvm_arch_mmu_enable_log_dirty_pt_masked(m: Machine, slot: MemorySlot, gfns: list[int]) -> None:
@@ -24,16 +26,13 @@ def kvm_arch_mmu_enable_log_dirty_pt_masked(m: Machine, slot: MemorySlot, gfns: 
         return  # no vCPU of this model runs in another address space: nothing is mapped there
     if m.initially_set:
         _protect_huge_pages(m, gfns[0], gfns[-1])
-    pml = bool(m.hardware.pml_entries)
+    pml, small = bool(m.hardware.pml_entries), (PG_LEVEL_4K, PG_LEVEL_4K)
     rmap_rule = m.fmt.rmap_clear_dirty if pml else m.fmt.spte_write_protect
-
-    def tdp_rule(spte: int) -> Changed:
-        return m.fmt.tdp_clear_dirty(spte, wrprot=not pml)
-
+    tdp_rule = partial(m.fmt.tdp_clear_dirty, wrprot=not pml)
     for run in np.split(gfns, np.flatnonzero(np.diff(gfns) != 1) + 1):
         start, end = int(run[0]), int(run[-1]) + 1
-        m.update_rmap_leaves(start, end, rmap_rule, max_level=PG_LEVEL_4K)
-        m.update_tdp_leaves(start, end, tdp_rule, max_level=PG_LEVEL_4K)
+        m.update_leaves(RMAPS, start, end, rmap_rule, small)
+        m.update_leaves(TDP, start, end, tdp_rule, small)
 
 
 def _protect_huge_pages(m: Machine, first: int, last: int) -> None:
@@ -44,8 +43,8 @@ def _protect_huge_pages(m: Machine, first: int, last: int) -> None:
     if m.eager_page_split and m.hardware.tdp_mmu:
         end = last if m.kernel.clear_split_forgets_last else last + 1
         if m.kernel.eager_split_rmaps:
-            shadow_mmu_split_huge_pages(m, first, end)
-        tdp_mmu_split_huge_pages(m, first, end)
+            split_huge_pages(m, RMAPS, first, end)
+        split_huge_pages(m, TDP, first, end)
     kvm_mmu_slot_gfn_write_protect(m, first, PG_LEVEL_2M)
     pages = pages_per_level(PG_LEVEL_2M)
     up = pages - 1 if m.kernel.clear_compares_rounded_up else 0
@@ -57,14 +56,11 @@ def _protect_huge_pages(m: Machine, first: int, last: int) -> None:
 
 
 def kvm_mmu_slot_gfn_write_protect(m: Machine, gfn: int, min_level: int = PG_LEVEL_4K) -> bool:
-    """Clear W and MMU-writable of every SPTE of ``gfn`` from ``min_level`` up. Returns whether a flush is owed before
-    unlocking. Source: mmu/mmu.c, v5.19."""
-
-    def rmap_rule(spte: int) -> Flushed:
-        return m.fmt.spte_write_protect(spte, pt_protect=True)
-
-    owed = m.update_rmap_leaves(gfn, gfn + 1, rmap_rule, min_level)
-    return m.update_tdp_leaves(gfn, gfn + 1, m.fmt.tdp_write_protect, min_level) or owed
+    """Clear W and MMU-writable of each leaf that covers ``gfn``, from ``min_level`` up. Returns whether the caller must flush
+    before it unlocks. Source: mmu/mmu.c, mmu/tdp_mmu.c: write_protect_gfn(), v5.19."""
+    levels = min_level, KVM_MAX_HUGEPAGE_LEVEL
+    owed = m.update_leaves(RMAPS, gfn, gfn + 1, partial(m.fmt.spte_write_protect, pt_protect=True), levels)
+    return m.update_leaves(TDP, gfn, gfn + 1, m.fmt.tdp_write_protect, levels) or owed
 
 
 @dataclass(eq=False)

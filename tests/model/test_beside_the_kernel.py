@@ -166,7 +166,7 @@ def test_without_tdp_guest_memory_may_lie_at_52_bits():
         Vm(Hardware.shadow(), Kernel.v5_19).set_user_memory_region(1, top + 1, 64, userspace_addr=0)
     for hardware, bits in ((Hardware.ept(), 46), (Hardware.npt(tdp_mmu=False), 48)):
         with pytest.raises(OSError, match=f"above the host's {bits}-bit addresses"):
-            Vm(hardware, Kernel.v5_19).set_user_memory_region(0, (1 << bits - 12) - 63, 64)
+            Vm(hardware, Kernel.v5_19).set_user_memory_region(0, (1 << bits - 12) - 63, 64, userspace_addr=USER_BASE)
 
 
 def test_user_space_ends_one_page_below_its_width():
