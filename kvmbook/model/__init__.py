@@ -7,6 +7,7 @@ Read it from the ground up: a word (`spte`; `compiled` and `arrays` ask a millio
 
 from kvmbook.model.access_tracking import ClearFlushYoung, ClearYoung, InvalidateRange
 from kvmbook.model.arrays import ALL_BITS, BLOCK, SPTE_BASE_ADDR_MASK, each
+from kvmbook.model.compiled import numba_is_there
 from kvmbook.model.dirty_log import ClearDirtyLog, GetDirtyLog, ResetDirtyRings
 from kvmbook.model.faults import Outcome, PageFault
 from kvmbook.model.hardware import Hardware

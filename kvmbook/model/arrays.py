@@ -82,7 +82,7 @@ def _one_kind(learn: Learn, block: np.ndarray, parts: list[np.ndarray]) -> bool:
         if isinstance(said, bool):
             part[:] = said
         else:
-            np.bitwise_xor(block, said, out=part)
+            np.bitwise_xor(others, kind ^ said, out=part)
     return True
 
 
@@ -95,8 +95,10 @@ def _few_kinds(learn: Learn, block: np.ndarray, parts: list[np.ndarray]) -> bool
         kind = int(flags[left.argmax()])
         found = flags == kind
         for part, said in zip(parts, learn(kind), strict=True):
-            if said:
-                part ^= np.multiply(found, part.dtype.type(said))
+            if said is True:
+                part |= found
+            elif said:
+                part ^= np.multiply(found, np.uint64(said))
         left ^= found
         if not left.any():
             return True

@@ -303,10 +303,9 @@ class SpteFormat:
         ``pfn_dirty`` is about the host's ``struct page``, never about KVM's dirty bitmap.
         Source: mmu/mmu.c: mmu_spte_age(), mmu/tdp_mmu.c: age_gfn_range(), v5.19.
         """
-        if not self.is_accessed_spte(spte):
-            return Aged(spte, False, False)
-        pfn_dirty = not self.spte_ad_enabled(spte) and self.is_writable_pte(spte)
-        return Aged(self.mark_spte_for_access_track(spte), True, pfn_dirty)
+        young = self.is_accessed_spte(spte)
+        pfn_dirty = young and not self.spte_ad_enabled(spte) and self.is_writable_pte(spte)
+        return Aged(self.mark_spte_for_access_track(spte) if young else spte, young, pfn_dirty)
 
     def make_spte_executable(self, spte: int) -> int:
         """Add execute permission, also to one that is being access-tracked. Source: mmu/spte.c, v5.19."""
