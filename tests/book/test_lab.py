@@ -27,7 +27,7 @@ TABS = 40  # at most so many to the first panel
 ON_RADIO = 'document.activeElement.matches(".kvmbook-panel input[type=radio]")'
 SELECTED = '[...document.querySelectorAll(".jp-Cell")].findIndex((cell) => cell.classList.contains("jp-mod-active"))'
 # A panel that carries nothing, as chapters have none.
-ASKING = """from kvmbook.views import Picture
+ASKING = """from kvmbook.views import Panel, Picture, View
 view = lambda number: View(Picture("<svg><title>a number</title></svg>", ""), f"{int(number) ** 2} is the square.")
 Panel("squares", {"number": ["1", "2", "3"]}, view, carry=False)"""
 
@@ -282,6 +282,8 @@ def test_a_panel_that_carries_nothing_asks_its_kernel(lab, visit):
     seen = visit(lab.home, **WINDOW)
     lab.open(seen.page, notebook)
     lab.start_running(seen.page, notebook)
+    lab.wait_until_run(seen.page)
+    assert not errors_in(seen.page)
     panel = seen.page.locator(PANEL)
     for number in ("3", "2", "1", "3"):
         panel.get_by_label(number, exact=True).check()
