@@ -14,8 +14,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 # From the ground up: a wing may import from those before it, by their face; a room from those before it in its wing.
 WINGS = {
     "model": [
-        "arrays", "spte", "tlb", "host", "hardware", "kernel", "memslots", "page_tables", "machine", "access_tracking",
-        "huge_pages", "wrprot", "faults", "memory_regions", "dirty_log", "vm", "invariants",
+        "compiled", "arrays", "spte", "tlb", "host", "hardware", "kernel", "memslots", "page_tables", "machine",
+        "access_tracking", "huge_pages", "wrprot", "faults", "memory_regions", "dirty_log", "vm", "invariants",
     ],
     "search": ["schedule", "cells", "tables", "space", "explore", "products", "anynumber", "flush_rules"],
     "scenes": ["enabling", "slots", "words", "decoding", "runs"],

@@ -270,7 +270,7 @@ def _lit_parts(board: _Board, graph: Graph, lit: Sequence[Action]) -> list[str]:
             parts += [f'<path d="{path}" {LIT}/>']
             badges += _badge(x, y, str(number))
     for number, action in enumerate(lit, 1):
-        stay = ": stays in its box" if spots[number] == spots[number - 1] else ""
+        stay = ": stays in its spot" if spots[number] == spots[number - 1] else ""
         y = board.lost_y + 74 + 20 * number
         parts.append(text(34, y, str(number), size=13, anchor="end"))
         parts.append(text(42, y, label(action) + stay, size=13, anchor="start"))
@@ -278,13 +278,13 @@ def _lit_parts(board: _Board, graph: Graph, lit: Sequence[Action]) -> list[str]:
 
 
 def page_graph_picture(hardware: Hardware, kernel: Kernel, lit: Sequence[Action] | None = None) -> Picture:
-    """All runs of one page and one vCPU, an access being one step. Each box stands for the states that agree in the phase of
+    """All runs of one page and one vCPU, an access being one step. Each spot stands for the states that agree in the phase of
     logging, the SPTE, the TLB, and whether the log has the page; each line for steps between them. ``lit``: the run to
     show, by default a shortest one that loses a write. Raises ValueError for a run that is not possible."""
     graph = graph_of(hardware, kernel, grain=Grain.ACCESS)
     board, run = _Board(graph), graph.shortest_loss() or () if lit is None else lit
     parts = _boards_parts(board) + _lit_parts(board, graph, run)
-    said = f"{len(graph.states)} states in {len(set(board.spots))} boxes"
+    said = f"{len(graph.states)} states in {len(set(board.spots))} spots"
     told = [said, "dashed: the TLB allows more than the SPTE", "not drawn: steps that switch logging off"]
     told += [f"lit: a run of {len(run)} steps"] * bool(run)
     for n, line in enumerate(told):
