@@ -12,6 +12,7 @@ from nbformat.sign import NotebookNotary
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from tools import reading
+from tools.lab import stop
 
 ROOT = reading.ROOT
 CHAPTER = "notebooks/01-first.ipynb"
@@ -219,6 +220,5 @@ def test_without_home_and_screen_the_address_is_printed_and_leads_to_the_first_c
         else:
             pytest.fail(said)
     finally:
-        started.terminate()
-        started.wait(20)
+        stop(started)
     assert found[1] == reading.FIRST and (copy / found[1]).exists() and "Traceback" not in said
