@@ -44,5 +44,6 @@ install-lab install-book install-test: install-%:
 	command -v "$$python" >/dev/null || { echo '$(NOT_THERE)' >&2; exit 1; }; \
 	"$$python" -c '$(TOO_OLD)' && "$$python" tools/install.py $*
 
+# reading/ stays: what is written there is the reader's.
 clean:
 	rm -rf .venv build *.egg-info

@@ -153,7 +153,10 @@ def pip(*arguments: str) -> list[str]:
     command = [sys.executable, "-m", "pip", "install", "--progress-bar=off", "--disable-pip-version-check", *arguments]
     complaints, line = deque[str](maxlen=3), ""
     begun, on_terminal = time.monotonic(), sys.stdout.isatty()
-    running = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    into_venv = {**os.environ, "PIP_USER": "0"}  # whatever a user's own settings of pip say
+    running = subprocess.Popen(
+        command, cwd=ROOT, env=into_venv, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     assert running.stdout is not None
     for line in map(str.strip, running.stdout):
         if re.match("(?i)error|warning", line):

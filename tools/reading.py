@@ -186,4 +186,7 @@ def start(sources: bool) -> None:
 if __name__ == "__main__":
     if sys.argv[1:] not in ([], ["--sources"]):
         raise SystemExit(__doc__)
-    start("--sources" in sys.argv)
+    try:
+        start("--sources" in sys.argv)
+    except OSError as error:
+        raise SystemExit(f"{error}; the folder of kvmbook must be yours to write in") from None
