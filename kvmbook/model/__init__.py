@@ -9,7 +9,7 @@ from kvmbook.model.access_tracking import ClearFlushYoung, ClearYoung, Invalidat
 from kvmbook.model.arrays import ALL_BITS, BLOCK, SPTE_BASE_ADDR_MASK, each
 from kvmbook.model.compiled import numba_is_there
 from kvmbook.model.dirty_log import ClearDirtyLog, GetDirtyLog, ResetDirtyRings
-from kvmbook.model.faults import Outcome, PageFault
+from kvmbook.model.faults import Outcome, PageFault, WriteGuest
 from kvmbook.model.hardware import Hardware
 from kvmbook.model.host import USER_BASE
 from kvmbook.model.invariants import check, check_leaf

@@ -6,30 +6,19 @@ the story of the book: *clear_young never flushes*.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from kvmbook.model.machine import Machine, Operation, step
 from kvmbook.model.memslots import MemorySlot
+from kvmbook.model.page_tables import RMAPS, TDP
 from kvmbook.model.spte import PG_LEVEL_4K
 
 
-def kvm_age_gfn(m: Machine, start: int, end: int) -> bool:
-    """Age the gfns of [start, end), huge pages as one. Returns whether any was young.
-    Source: mmu/mmu.c: kvm_age_gfn(), mmu/tdp_mmu.c: kvm_tdp_mmu_age_gfn_range(), v5.19."""
-    return m.update_both_sides(start, end, m.fmt.mmu_spte_age)
-
-
-def kvm_test_age_gfn(m: Machine, start: int, end: int) -> bool:
-    """Whether any gfn of [start, end) is young. Changes nothing.
-    Source: mmu/mmu.c: kvm_test_age_gfn(), mmu/tdp_mmu.c: test_age_gfn(), v5.19."""
-    return any(m.fmt.is_accessed_spte(spte) for _, _, _, spte in m.page_tables.every_leaf(start, end))
-
-
-def kvm_unmap_gfn_range(m: Machine, start: int, end: int) -> bool:
-    """Zap the leaves over [start, end). Returns whether there were any.
+def kvm_unmap_gfn_range(m: Machine, ranges: list[tuple[int, int]]) -> bool:
+    """Zap the leaves over these ranges of gfns. Returns whether there were any.
     Source: mmu/mmu.c: kvm_unmap_gfn_range(), mmu/tdp_mmu.c: kvm_tdp_mmu_zap_leafs(), v5.19."""
-    leaves = list(m.page_tables.every_leaf(start, end))
+    leaves = [leaf for start, end in ranges for leaf in m.page_tables.every_leaf(start, end)]
     for sptep, _, _, spte in leaves:
         m.tell_host(spte, 0)
         m.page_tables.write(sptep, 0)
@@ -38,20 +27,22 @@ def kvm_unmap_gfn_range(m: Machine, start: int, end: int) -> bool:
 
 @dataclass(eq=False)
 class Notifier(Operation):
-    """A call of the host's mm into KVM about the gfns of [start, end). ``result``: young, or nothing."""
+    """A call of the host's mm into KVM about the user memory behind the gfns of [start, end). ``ranges``: all gfns that lie
+    on it. ``result``: young, or nothing."""
 
     actor: ClassVar[str] = "host mm"
     steps: ClassVar[tuple[str, ...]]
 
     start: int
     end: int
+    ranges: list[tuple[int, int]] = field(default_factory=list, init=False)
 
     def begin(self, m: Machine) -> None:
         if not 0 <= self.start < self.end:
             raise ValueError(f"gfns from {self.start:#x} to {self.end:#x}: the range is empty or negative")
-        covered = any(slot.base_gfn < self.end and self.start < slot.end_gfn for slot in m.memslots.slots.values())
+        self.ranges = m.memslots.on_same_memory(self.start, self.end)
         self.result = False
-        self.todo = list(self.steps) if covered else []
+        self.todo = list(self.steps) if self.ranges else []
 
     @property
     def where(self) -> int:
@@ -76,7 +67,9 @@ class ClearYoung(Notifier):
 
     @step(lock="write", keeps=True)
     def kvm_age_gfn(self, m: Machine) -> str:
-        self.result = kvm_age_gfn(m, self.start, self.end)
+        """Huge pages are aged as one. Source: mmu/mmu.c, mmu/tdp_mmu.c: kvm_tdp_mmu_age_gfn_range(), v5.19."""
+        age, sides = m.fmt.mmu_spte_age, (RMAPS, TDP)
+        self.result = any([m.update_leaves(side, *gfns, age) for side in sides for gfns in self.ranges])
         return "young" if self.result else "old"
 
 
@@ -100,21 +93,26 @@ class TestYoung(Notifier):
 
     @step(lock="write")
     def kvm_test_age_gfn(self, m: Machine) -> str:
-        self.result = kvm_test_age_gfn(m, self.start, self.end)
+        """Source: mmu/mmu.c, mmu/tdp_mmu.c: test_age_gfn(), v5.19."""
+        leaves = (leaf for gfns in self.ranges for leaf in m.page_tables.every_leaf(*gfns))
+        self.result = any(m.fmt.is_accessed_spte(spte) for _, _, _, spte in leaves)
         return "young" if self.result else "old"
 
 
 @dataclass(eq=False)
 class InvalidateRange(Notifier):
     """The host is about to change its mapping: zap, flush before unlocking, and until the end of the call make faults on
-    these gfns retry, and memslots wait to be published.
+    these gfns retry. Also where no slot is it counts as active, for which publishing a memslot waits.
     Source: virt/kvm/kvm_main.c: kvm_mmu_notifier_invalidate_range_start(), kvm_mmu_notifier_invalidate_range_end(), v5.19."""
 
     steps: ClassVar[tuple[str, ...]] = ("kvm_unmap_gfn_range", "kvm_flush_remote_tlbs", "invalidate_range_end")
 
     def begin(self, m: Machine) -> None:
         super().begin(m)
-        self.todo = list(self.steps)  # it counts as active also where no slot is, yet
+        self.todo = list(self.steps)
+
+    def wants_lock(self, name: str) -> str | None:
+        return super().wants_lock(name) if self.ranges else None
 
     @property
     def active(self) -> bool:
@@ -123,13 +121,14 @@ class InvalidateRange(Notifier):
 
     @step(lock="write", keeps=True)
     def kvm_unmap_gfn_range(self, m: Machine) -> None:
-        m.invalidating.append((self.start, self.end))
-        self.result = kvm_unmap_gfn_range(m, self.start, self.end)
+        m.invalidating += self.ranges
+        self.result = kvm_unmap_gfn_range(m, self.ranges)
 
     @step(lock="write")
     def invalidate_range_end(self, m: Machine) -> None:
-        m.mmu_notifier_seq += 1
-        m.invalidating.remove((self.start, self.end))
+        m.mmu_notifier_seq += bool(self.ranges)
+        for gfns in self.ranges:
+            m.invalidating.remove(gfns)
 
 
 @dataclass(eq=False)

@@ -54,16 +54,13 @@ class DirtyLogOperation(Operation):
 
     @property
     def live(self) -> np.ndarray:
-        return self._row(0)
+        assert self.slot.dirty_bitmap is not None
+        return np.asarray(self.slot.dirty_bitmap[0])
 
     @property
     def buffer(self) -> np.ndarray:
-        return self._row(1)
-
-    def _row(self, number: int) -> np.ndarray:
         assert self.slot.dirty_bitmap is not None
-        row: np.ndarray = self.slot.dirty_bitmap[number]
-        return row
+        return np.asarray(self.slot.dirty_bitmap[1])
 
     @step()
     def kick(self, m: Machine) -> None:
@@ -110,7 +107,7 @@ class GetDirtyLog(DirtyLogOperation):
     @step()
     def copy_live_bitmap(self, m: Machine) -> None:
         """Manual protect: nothing is cleared, protected or flushed."""
-        self.result = to_bits(self.live.copy(), self.slot.npages)
+        self.result = to_bits(self.live, self.slot.npages)
         m.tell(self.slot)
 
     @step(lock="write", keeps=True)
@@ -122,12 +119,14 @@ class GetDirtyLog(DirtyLogOperation):
 
     def take_word(self, word: int) -> int:
         self.buffer[word], self.live[word] = self.live[word], 0
+        self.words = (word + 1 + np.flatnonzero(self.live[word + 1 :])).tolist()  # as it comes to them, not as it began
         return int(self.buffer[word])
 
     @step()
     def copy_to_user(self, m: Machine) -> str:
         """User space has the report, and will copy those pages now: their writes so far are accounted for."""
-        self.result = to_bits(self.buffer.copy(), self.slot.npages)
+        self.result = to_bits(self.buffer, self.slot.npages)
+        m.take_told(self.slot, self.taken)
         m.note_copies(self.slot, self.taken)
         return f"{len(self.taken)} dirty"
 

@@ -147,10 +147,21 @@ class GuestAccess(Operation):
         if m.host.lookup(self.slot.hva(self.gfn)).writable:
             return "another fault did it"
         m.host.replace(self.slot.hva(self.gfn), writable=True)
-        if kvm_unmap_gfn_range(m, self.gfn, self.gfn + 1):
+        if kvm_unmap_gfn_range(m, m.memslots.on_same_memory(self.gfn, self.gfn + 1)):
             m.kvm_flush_remote_tlbs()
         m.mmu_notifier_seq += 1
         return None
+
+    def write_guest(self, m: Machine, vcpu: VcpuState | None, name: str) -> bool:
+        """Write the page and mark it dirty; whether that is done. If not, the host has a page to make first, and then the
+        step ``name`` comes again."""
+        assert self.slot is not None
+        if not m.host.lookup(self.slot.hva(self.gfn)).writable:
+            self.todo = ["do_wp_page", name]
+            return False
+        m.note_write(self.gfn)
+        m.mark_page_dirty_in_slot(self.slot, self.gfn, vcpu)
+        return True
 
 
 @dataclass(eq=False)
@@ -167,13 +178,12 @@ class WriteGuest(GuestAccess):
         super().begin(m)
         if self.slot is None or self.slot.readonly or self.slot.invalid:
             raise refuse(errno.EFAULT, f"gfn {self.gfn:#x} lies in no slot, or in one that is read-only or about to go")
-        copy_on_write = not m.host.lookup(self.slot.hva(self.gfn)).writable
-        self.todo = ["do_wp_page"] * copy_on_write + ["kvm_write_guest"]
+        self.todo = ["kvm_write_guest"]
 
     @step()
-    def kvm_write_guest(self, m: Machine) -> None:
-        m.note_write(self.gfn)
-        m.mark_page_dirty_in_slot(self.slot, self.gfn, None if self.vcpu is None else m.vcpus[self.vcpu])
+    def kvm_write_guest(self, m: Machine) -> str | None:
+        vcpu = None if self.vcpu is None else m.vcpus[self.vcpu]
+        return None if self.write_guest(m, vcpu, "kvm_write_guest") else "the host maps it read-only"
 
 
 @dataclass(eq=False)
@@ -286,16 +296,16 @@ class PageFault(GuestAccess):
     def kvm_faultin_pfn(self, m: Machine) -> str | None:
         """Ask the host for the frame, and note how many notifier calls came before. Source: mmu/mmu.c, v5.19."""
         self.mmu_seq = m.mmu_notifier_seq
+        if self.slot is not None and self.slot.invalid:
+            self._over(m, Outcome.RETRY)
+            return "the slot is about to move or go"
         if self.slot is None or (self.kind == "write" and self.slot.readonly):
             self._over(m, Outcome.MMIO)
             return "no memory here" if self.slot is None else "read-only slot"
-        if self.slot.invalid:
-            self._over(m, Outcome.RETRY)
-            return "the slot is about to move or go"
         self.page = m.host.lookup(self.slot.hva(self.gfn))
         self.todo = ["make_spte"]
         if self.kind == "write" and not self.page.writable:
-            self.todo = ["do_wp_page", "kvm_faultin_pfn"]
+            self.todo.insert(0, "do_wp_page")
             return "the host maps it read-only"
         return None
 
@@ -385,7 +395,7 @@ class PageFault(GuestAccess):
 
     def _direct_pte_prefetch(self, m: Machine) -> None:
         """Also map those of the eight aligned neighbours that are not mapped: old, as nobody has accessed them. Never in a
-        slot that logs, and only where A bits will tell. The first run of neighbours that has no such memory ends it.
+        slot that logs or is read-only, and only where A bits will tell. A run of neighbours of which none can be had ends it.
         Source: mmu/mmu.c: direct_pte_prefetch(), direct_pte_prefetch_many(), v5.19."""
         assert self.sptep is not None
         table, first = m.page_tables.tables[self.sptep.table], self.sptep.entry & -PTE_PREFETCH_NUM
@@ -396,11 +406,13 @@ class PageFault(GuestAccess):
             slot = m.memslots.gfn_to_memslot(gfns[0])
             if mapped:
                 continue
-            if slot is None or slot.invalid or slot.logs_dirty or gfns[-1] not in slot:
+            if slot is None or slot.invalid or slot.readonly or slot.logs_dirty or gfns[-1] not in slot:
                 return
-            pages = [m.host.lookup(slot.hva(gfn)) for gfn in gfns]
-            for gfn, page in takewhile(lambda backed: backed[1].writable, zip(gfns, pages, strict=True)):
-                spte = self._leaf(m, gfn, page.pfn, prefetch=True, host_writable=not slot.readonly).spte
+            pages = list(takewhile(lambda page: page.writable, (m.host.lookup(slot.hva(gfn)) for gfn in gfns)))
+            if not pages:
+                return
+            for gfn, page in zip(gfns, pages, strict=False):
+                spte = self._leaf(m, gfn, page.pfn, prefetch=True).spte
                 m.page_tables.write(Sptep(table.pfn, table.index(gfn)), spte)
 
     def _table_is_gone(self, m: Machine) -> bool:
@@ -417,13 +429,10 @@ class PageFault(GuestAccess):
         self.slot = slot = m.memslots.gfn_to_memslot(self.gfn)
         if slot is None or slot.invalid or slot.readonly:
             self._over(m, Outcome.MMIO)
-        elif not m.host.lookup(slot.hva(self.gfn)).writable:
-            self.todo = ["do_wp_page", "x86_emulate_instruction"]
-            return "the host maps it read-only"
-        else:
-            m.note_write(self.gfn)
-            m.mark_page_dirty_in_slot(slot, self.gfn, m.vcpus[self.vcpu])
+        elif self.write_guest(m, m.vcpus[self.vcpu], "x86_emulate_instruction"):
             self._over(m, Outcome.EMULATED)
+        else:
+            return "the host maps it read-only"
         return None
 
 
@@ -441,9 +450,7 @@ def complete(m: Machine, vcpu: VcpuState, kind: str, gfn: int, root: Root) -> Ou
             handled: Outcome = m.run(vcpu.fault)
             if handled in (Outcome.EMULATED, Outcome.MMIO):
                 return handled
-            if (
-                handled is Outcome.RETRY
-            ):  # the others go on meanwhile: notifiers, memslot changes, faults under the lock
+            if handled is Outcome.RETRY:  # notifiers, memslot changes and faults under the lock go on meanwhile
                 for operation in [op for op in m.in_flight if op.lock or not isinstance(op, PageFault)]:
                     with suppress(OSError, ValueError):  # one that waited for its turn may be refused
                         m.run(operation)

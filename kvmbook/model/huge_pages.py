@@ -26,7 +26,7 @@ def disallow_lpage(m: Machine, slot: MemorySlot, gfn: int, level: int) -> bool:
 def kvm_mmu_max_mapping_level(m: Machine, slot: MemorySlot, gfn: int) -> int:
     """The largest level at which ``gfn`` may be mapped, by the slot's shape and the host's page size.
     Source: mmu/mmu.c, v5.19."""
-    level = min(m.host.lookup(slot.hva(gfn)).level, KVM_MAX_HUGEPAGE_LEVEL)
+    level = m.host.lookup(slot.hva(gfn)).level
     while level > PG_LEVEL_4K and disallow_lpage(m, slot, gfn, level):
         level -= 1
     return level
@@ -39,6 +39,7 @@ def split_huge_pages(m: Machine, side: bool, start: int, end: int) -> None:
     for level in range(KVM_MAX_HUGEPAGE_LEVEL, PG_LEVEL_4K, -1):
         for table, leaves in m.page_tables.leaves(side, start, end, (level, level)):
             for index in leaves.tolist():
+                m.tell_host(int(table.sptes[index]), 0)
                 m.page_tables.split(Sptep(table.pfn, index), m.nx_huge_pages)
 
 

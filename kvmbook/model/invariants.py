@@ -30,17 +30,17 @@ def leaves_are_legal(m: Machine) -> None:
 
 def key_invariant(m: Machine) -> None:
     """If some TLB lets a CPU write a gfn, the gfn's SPTE is MMU-writable, or its zapper has yet to flush."""
-    for vcpu in m.vcpus:
+    owed = any(op.lock == "write" or op.needs_slots_lock for op in m.in_flight)
+    for vcpu in m.vcpus if not owed else ():
         for root, gfn, entry in vcpu.tlb.writable():
             pages, mapped = pages_per_level(entry.level), 0
             for _, table, first, spte in m.page_tables.every_leaf(gfn, gfn + pages):
                 if table.root.name == root:
                     mapped += min(pages, pages_per_level(table.level))
-                    in_flight = any(op.lock == "write" or op.needs_slots_lock for op in m.in_flight)
-                    assert m.fmt.is_mmu_writable_spte(spte) or in_flight, (
+                    assert m.fmt.is_mmu_writable_spte(spte), (
                         f"{vcpu.name} may write gfn {first:#x}, but its SPTE {spte:#018x} is not MMU-writable"
                     )
-            assert mapped == pages or m.in_flight, f"{vcpu.name} may write gfn {gfn:#x}, but it was zapped: no flush"
+            assert mapped == pages, f"{vcpu.name} may write gfn {gfn:#x}, but it was zapped: no flush"
 
 
 def no_write_is_lost(m: Machine) -> None:
@@ -53,16 +53,14 @@ def no_write_is_lost(m: Machine) -> None:
 
 def writable_means_marked(m: Machine) -> None:
     """In a slot that logs, a leaf that lets the guest write without a trace is marked: W=1 where W tells, D=1 where D does.
-    No leaf above 4K is writable, unless enabling left all pages marked instead (INITIALLY_SET)."""
+    Of a writable leaf above 4K each page is marked, as enabling leaves it with INITIALLY_SET."""
     for slot in logged_slots(m):
         for _, table, gfn, spte in m.page_tables.every_leaf(slot.base_gfn, slot.end_gfn):
-            if m.fmt.is_writable_pte(spte) and not (m.initially_set and table.level > PG_LEVEL_4K):
-                assert table.level == PG_LEVEL_4K, (
-                    f"gfn {gfn:#x} is mapped writable by a huge page although its slot logs"
-                )
-                by_d = m.hardware.pml_entries and not m.fmt.spte_ad_need_write_protect(spte)
-                if not by_d or spte & m.fmt.shadow_dirty_mask:
-                    assert m.knows_of_write(slot, gfn), f"gfn {gfn:#x}: SPTE {spte:#018x} allows writes, not marked"
+            by_d = m.hardware.pml_entries and not m.fmt.spte_ad_need_write_protect(spte) and table.level == PG_LEVEL_4K
+            if m.fmt.is_writable_pte(spte) and (not by_d or spte & m.fmt.shadow_dirty_mask):
+                pages = range(gfn, gfn + pages_per_level(table.level))
+                unseen = next((page for page in pages if page in slot and not m.knows_of_write(slot, page)), None)
+                assert unseen is None, f"gfn {unseen:#x}: SPTE {spte:#018x} allows writes, and it is not marked"
 
 
 def no_tlb_writes_unseen(m: Machine) -> None:

@@ -19,7 +19,7 @@ from kvmbook.model.hardware import Hardware
 from kvmbook.model.host import HostMemory
 from kvmbook.model.kernel import Kernel
 from kvmbook.model.memslots import DirtyRing, MemorySlot, Memslots, to_bits, to_words
-from kvmbook.model.page_tables import LEVELS, RMAPS, TDP, PageTables, Root, Sptep
+from kvmbook.model.page_tables import LEVELS, PageTables, Root, Sptep
 from kvmbook.model.spte import SpteFormat
 from kvmbook.model.tlb import Tlb
 
@@ -163,7 +163,7 @@ class VcpuState:
 
 @dataclass
 class Machine:
-    """All of a VM that the model knows.
+    """All of a VM that the model knows. Its vCPUs run in address space 0: nothing of another one is ever mapped or written.
 
     ``pages_per_step``: how many pages one step of a slot-wide pass takes; None = all. ``fast_retries``: how often the
     fast path tries again when the SPTE changed under it (fast_page_fault(), v5.19). ``mmu_notifier_seq`` and
@@ -278,7 +278,7 @@ class Machine:
 
     def kick_all(self) -> None:
         """Ask each vCPU that runs the guest to leave it, and do not wait.
-        Source: virt/kvm/kvm_main.c: kvm_make_all_cpus_request(), v5.19."""
+        Source: virt/kvm/kvm_main.c: kvm_vcpu_kick(), v5.19."""
         for vcpu in self.vcpus:
             vcpu.kicked = vcpu.fault is None
 
@@ -310,11 +310,6 @@ class Machine:
             self.host.dirty.update(map(self.fmt.spte_to_pfn, old[visits.was_dirty].tolist()))
             asked = asked or bool(visits.yes.any())
         return asked
-
-    def update_both_sides(self, start: int, end: int, rule: Rule) -> bool:
-        """The same for the leaves of both sides."""
-        asked = self.update_leaves(RMAPS, start, end, rule)
-        return self.update_leaves(TDP, start, end, rule) or asked
 
     def drop_table(self, sptep: Sptep) -> None:
         """Cut off a table with all that hangs below it, flush, and give the tables back."""
@@ -370,11 +365,9 @@ class Machine:
             slot.set_bit(gfn)
 
     def watch(self, slot: MemorySlot) -> None:
-        """From now on user space relies on the slot's log. With INITIALLY_SET it knows all bits by agreement."""
+        """From now on user space relies on the slot's log."""
         self.unwatch(slot)
         self.watched.add((slot.as_id, slot.id))
-        if self.initially_set and slot.dirty_bitmap is not None:
-            self.tell(slot)
 
     def unwatch(self, slot: MemorySlot) -> None:
         """User space relies on it no longer."""
@@ -400,27 +393,22 @@ class Machine:
         return [int(gfn) for gfn in found]
 
     def note_copies(self, slot: MemorySlot, gfns: list[int]) -> None:
-        """User space copies these pages now. (vCPUs run in address space 0.)"""
+        """User space copies these pages now."""
         if slot.as_id == 0:
-            self.written.difference_update(gfns)
+            self.written.difference_update(gfn for gfn in gfns if gfn in slot)
 
     def note_write(self, gfn: int) -> None:
-        """The guest's memory at ``gfn`` has changed. KVM may or may not know. (vCPUs run in address space 0.)"""
+        """The guest's memory at ``gfn`` has changed. KVM may or may not know."""
         if any(as_id == 0 and gfn in self.memslots.slots[as_id, number] for as_id, number in self.watched):
             self.written.add(gfn)
 
     def knows_of_write(self, slot: MemorySlot, gfn: int) -> bool:
         """Whether a bitmap, ring, PML buffer or operation in flight will bring ``gfn`` into a report."""
-        ring_entry = (slot.number, gfn - slot.base_gfn)
+        page, rings = (slot.number, gfn - slot.base_gfn), [vcpu.dirty_ring for vcpu in self.vcpus]
         return (
-            slot.test_bit(gfn)
+            (slot.test_bit(gfn) and not self.dirty_ring_size)
             or any(gfn in vcpu.pml for vcpu in self.vcpus)
-            or any(
-                ring_entry == (entry.slot, entry.offset)
-                for vcpu in self.vcpus
-                if vcpu.dirty_ring is not None
-                for entry in vcpu.dirty_ring.entries.values()
-            )
+            or any(page in ring.news for ring in rings if ring is not None)
             or any(op.covers(slot, gfn) for op in self.in_flight)
         )
 

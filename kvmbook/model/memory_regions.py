@@ -28,7 +28,7 @@ def kvm_mmu_slot_apply_flags(m: Machine, change: Change, old: MemorySlot | None,
     switch_pml = ["kvm_mmu_update_cpu_dirty_logging"] * (pml and logged != logs)
     if change is not Change.FLAGS_ONLY or new is None or new.readonly:
         return switch_pml
-    mapped = new.as_id == 0  # no vCPU of this model runs in another address space, so that none has tables there
+    mapped = new.as_id == 0
     rmaps, tdp = mapped and m.have_rmaps, mapped and m.hardware.tdp_mmu
     if not logs:
         return switch_pml + ["zap_collapsible_rmap_sptes"] * rmaps + ["zap_collapsible_tdp_sptes"] * tdp
@@ -109,10 +109,8 @@ class SetUserMemoryRegion(Operation):
     def kvm_mmu_zap_all_fast(self, m: Machine) -> None:
         """Drop all tables of the VM and flush; v5.19 does not zap by slot. Tracking of guest page tables ends with it.
         Source: mmu/mmu.c, v5.19."""
-        assert self.old is not None
         m.zap_all()
-        if self.old.as_id == 0:
-            m.write_tracked -= {gfn for gfn in m.write_tracked if gfn in self.old}
+        m.write_tracked.clear()
 
     @step()
     def kvm_prepare_memory_region(self, m: Machine) -> str | None:
@@ -237,6 +235,8 @@ class SetUserMemoryRegion(Operation):
         """From here on user space relies on the log: what was written before, it reads anyway."""
         if self.new and self.new.logs_dirty:
             m.watch(self.new)
+            if m.initially_set and not (self.old and self.old.logs_dirty) and not m.dirty_ring_size:
+                m.tell(self.new)  # by agreement all pages are dirty
         return f"slot {self.slot.id}"
 
     def _levels(self, m: Machine) -> tuple[int, int]:

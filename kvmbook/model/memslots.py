@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kvmbook.model.arrays import ALL_BITS
 from kvmbook.model.spte import PAGE_SHIFT
 
 PAGE_SIZE = 1 << PAGE_SHIFT
@@ -77,7 +78,8 @@ class MemorySlot:
         try:
             bitmap = np.zeros((2, -(-self.npages // 64)), np.uint64)
             if full:
-                bitmap[0] = to_words(np.ones(self.npages, bool))
+                bitmap[0] = ALL_BITS
+                bitmap[0, -1] >>= np.uint64(-self.npages % 64)
         except MemoryError:
             raise refuse(errno.ENOMEM, f"no memory for the dirty bitmap of {self.npages} pages") from None
         return bitmap
@@ -149,6 +151,17 @@ class Memslots:
     def gfn_to_memslot(self, gfn: int, as_id: int = 0) -> MemorySlot | None:
         """The slot that holds ``gfn``, or None. Source: virt/kvm/kvm_main.c, v5.19."""
         return next((slot for slot in self.slots.values() if slot.as_id == as_id and gfn in slot), None)
+
+    def on_same_memory(self, start: int, end: int) -> list[tuple[int, int]]:
+        """The ranges of gfns that lie on the same user memory as those of [start, end): slots may share it.
+        Source: virt/kvm/kvm_main.c: kvm_for_each_memslot_in_hva_range(), v5.19."""
+        slots, shared = [slot for slot in self.slots.values() if slot.as_id == 0], set()
+        for slot in slots:
+            low, pages = max(start, slot.base_gfn), min(end, slot.end_gfn) - max(start, slot.base_gfn)
+            for other in slots if pages > 0 else ():
+                first = other.base_gfn + ((slot.hva(low) - other.userspace_addr) >> PAGE_SHIFT)
+                shared.add((max(first, other.base_gfn), min(first + pages, other.end_gfn)))
+        return sorted((first, behind) for first, behind in shared if first < behind)
 
     def publish(self, slot: MemorySlot | None, as_id: int, slot_id: int) -> None:
         """Replace a slot, or with None remove it. Source: virt/kvm/kvm_main.c: kvm_swap_active_memslots(), v5.19."""
@@ -290,6 +303,17 @@ class DirtyRing:
             taken.append((entry.slot, entry.offset))
             self.harvest_index += 1
         return taken
+
+    @property
+    def news(self) -> set[tuple[int, int]]:
+        """The (slot, page number)s that user space has harvested and not yet given back, or will meet when it harvests."""
+        reached = {(entry.slot, entry.offset) for entry in self.entries.values() if entry.flags == 2}
+        for index in range(self.harvest_index, self.harvest_index + self.size):
+            entry = self.entries.get(index % self.size)
+            if entry is None or entry.flags != 1:
+                break
+            reached.add((entry.slot, entry.offset))
+        return reached
 
     @property
     def next_harvested(self) -> tuple[int, int] | None:

@@ -16,6 +16,7 @@ import numpy as np
 from kvmbook.model.arrays import each
 from kvmbook.model.spte import (
     KVM_MAX_HUGEPAGE_LEVEL,
+    PAGE_SHIFT,
     PG_LEVEL_1G,
     PG_LEVEL_4K,
     REMOVED_SPTE,
@@ -32,7 +33,8 @@ LEVELS = PG_LEVEL_4K, KVM_MAX_HUGEPAGE_LEVEL
 @dataclass(frozen=True)
 class Root:
     """One tree's role. ``ad_disabled``: hardware keeps no A/D bits in it. ``guest_mode``: it maps a nested guest's memory.
-    ``direct``: no guest page tables are shadowed, so faults have a fast path. ``tdp_mmu``: else the legacy MMU's.
+    ``direct``: no guest page tables are shadowed, so faults have a fast path. ``tdp_mmu``: whose tree it is, the TDP MMU's or
+    the legacy MMU's.
 
     A nested guest's addresses equal L1's gfns in this model, and a guest's virtual addresses its gfns: shadowed page tables
     map one to one, by 1G pages.
@@ -160,11 +162,11 @@ class PageTables:
 
     def split(self, sptep: Sptep, nx_huge_pages: bool) -> None:
         """Replace a huge leaf by a table of its 512 parts. Source: mmu/tdp_mmu.c: tdp_mmu_split_huge_page(), v5.19."""
-        parent, huge = self.tables[sptep.table], self.read(sptep)
+        parent = self.tables[sptep.table]
+        first = self.fmt.make_huge_page_split_spte(self.read(sptep), parent.level, 0, nx_huge_pages)
         child = self._new_table(parent.root, parent.level - 1, parent.gfn(sptep.entry))
-        for index in range(SPTES_PER_TABLE):
-            part = self.fmt.make_huge_page_split_spte(huge, parent.level, index, nx_huge_pages)
-            self.write(Sptep(child, index), part)
+        size = pages_per_level(parent.level - 1) << PAGE_SHIFT
+        self.tables[child].sptes[:] = np.uint64(first) + np.arange(SPTES_PER_TABLE, dtype=np.uint64) * np.uint64(size)
         self.link(sptep, child)
 
     def unlink(self, sptep: Sptep) -> tuple[list[int], list[int]]:

@@ -24,6 +24,7 @@ from kvmbook.model.memslots import (
     MemoryRegion,
     MemorySlot,
     refuse,
+    to_bits,
 )
 from kvmbook.model.page_tables import PageTables, Root
 from kvmbook.model.spte import PAGE_SHIFT, PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K
@@ -68,7 +69,8 @@ class Vcpu:
         self._vm.record(self.state.name, "evict", gfn)
 
     def exit(self) -> None:
-        """Leave the guest and come back, for whatever reason: drains the PML buffer, flushes nothing."""
+        """Leave the guest and come back, for whatever reason: drains the PML buffer, flushes nothing. A vCPU whose fault is
+        being handled has left already: then nothing happens."""
         if self.state.fault is None:
             self._vm.record(self.state.name, "exit")
             self._vm.vcpu_exit(self.state)
@@ -177,7 +179,7 @@ class Vm(Machine):
         """
         if userspace_addr is None:
             old = self.memslots.find(slot, self.hardware.address_spaces)
-            userspace_addr = old.userspace_addr if old is not None else USER_BASE + base_gfn * PAGE_SIZE
+            userspace_addr = old.userspace_addr if old is not None else USER_BASE + base_gfn * PAGE_SIZE % (1 << 39)
         flags = KVM_MEM_LOG_DIRTY_PAGES * log_dirty_pages | KVM_MEM_READONLY * readonly
         region = MemoryRegion(slot, flags, base_gfn << PAGE_SHIFT, npages << PAGE_SHIFT, userspace_addr)
         return SetUserMemoryRegion(region)
@@ -237,7 +239,7 @@ class Vm(Machine):
         User space is taken to copy a page when it has been told that it is dirty *and* KVM has armed it again: after a GET
         that clears; after a CLEAR, if a GET had named the page; after the reset of its ring entry. (Who copies earlier, or
         clears what no GET has named, loses writes all by himself.) KVM has no such call: this is what the model is for.
-        vCPUs run in address space 0: for other slots, always empty. OSError ENOENT without the slot."""
+        For slots of another address space always empty. OSError ENOENT without the slot."""
         found = self.memslots.find(slot, self.hardware.address_spaces)
         if found is None:
             raise refuse(errno.ENOENT, f"there is no slot {slot & 0xFFFF}")
@@ -272,7 +274,8 @@ class Vm(Machine):
 
     def write_protect_host_page(self, gfn: int) -> None:
         """Let the host map the page read-only until it is written, as a fresh page may be. ValueError if it is mapped."""
-        if any(self.page_tables.every_leaf(gfn, gfn + 1)):
+        shared = self.memslots.on_same_memory(gfn, gfn + 1)
+        if any(True for gfns in shared for _ in self.page_tables.every_leaf(*gfns)):
             raise ValueError(f"gfn {gfn:#x} is mapped already; use change_pte")
         self.host.protect(self._slot_of(gfn).hva(gfn))
         self.mmu_notifier_seq += 1
@@ -287,7 +290,9 @@ class Vm(Machine):
 
     def kvm_write_guest(self, gfn: int, vcpu: int | None = 0) -> None:
         """KVM itself writes guest memory, for a vCPU or (None) for nobody, and marks the page dirty. OSError EFAULT."""
-        self.run(WriteGuest(gfn, None if vcpu is None else self.vcpu[vcpu].state.id))
+        if vcpu is not None and not 0 <= vcpu < len(self.vcpu):
+            raise ValueError(f"vCPU {vcpu}: this VM has {len(self.vcpu)}, from 0")
+        self.run(WriteGuest(gfn, vcpu))
 
     def _slot_of(self, gfn: int) -> MemorySlot:
         slot = self.memslots.gfn_to_memslot(gfn)
@@ -312,7 +317,7 @@ class Vm(Machine):
         found = self.memslots.find(slot, self.hardware.address_spaces)
         if found is None or found.dirty_bitmap is None:
             raise refuse(errno.ENOENT, f"slot {slot & 0xFFFF} has no dirty bitmap")
-        return np.array([found.test_bit(gfn) for gfn in range(found.base_gfn, found.end_gfn)], bool)
+        return to_bits(found.dirty_bitmap[0], found.npages)
 
 
 def _nested_root(nested: str | None, hardware: Hardware) -> Root | None:

@@ -6,7 +6,7 @@ CPU can write, and so clears MMU-writable too. (*Enabling* dirty logging passes 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar
 
@@ -23,7 +23,7 @@ def kvm_arch_mmu_enable_log_dirty_pt_masked(m: Machine, slot: MemorySlot, gfns: 
     """Make the next write to each of ``gfns`` (ascending) visible again. The caller flushes, whatever changed.
     Source: mmu/mmu.c, v5.19."""
     if slot.as_id or not gfns:
-        return  # no vCPU of this model runs in another address space: nothing is mapped there
+        return
     if m.initially_set:
         _protect_huge_pages(m, gfns[0], gfns[-1])
     pml, small = bool(m.hardware.pml_entries), (PG_LEVEL_4K, PG_LEVEL_4K)
@@ -43,7 +43,7 @@ def _protect_huge_pages(m: Machine, first: int, last: int) -> None:
     if m.eager_page_split and m.hardware.tdp_mmu:
         end = last if m.kernel.clear_split_forgets_last else last + 1
         if m.kernel.eager_split_rmaps:
-            split_huge_pages(m, RMAPS, first, end)
+            split_huge_pages(m, RMAPS, first, max(end, first + 1))  # this side always visits the first
         split_huge_pages(m, TDP, first, end)
     kvm_mmu_slot_gfn_write_protect(m, first, PG_LEVEL_2M)
     pages = pages_per_level(PG_LEVEL_2M)
@@ -71,10 +71,14 @@ class TrackGuestPageTable(Operation):
     actor: ClassVar[str] = "KVM"
 
     gfn: int
+    generation: int = field(
+        default=0, init=False
+    )  # a vCPU does this while it handles an exit: publications wait for it
 
     def begin(self, m: Machine) -> None:
         if m.memslots.gfn_to_memslot(self.gfn) is None:
             raise ValueError(f"gfn {self.gfn:#x} is in no slot")
+        self.generation = m.memslots.generation
         self.todo = ["kvm_mmu_slot_gfn_write_protect"]
 
     @property
@@ -83,9 +87,9 @@ class TrackGuestPageTable(Operation):
 
     @step(lock="write", keeps=True)
     def kvm_mmu_slot_gfn_write_protect(self, m: Machine) -> str:
-        if m.memslots.gfn_to_memslot(self.gfn) is None:
+        if (slot := m.memslots.gfn_to_memslot(self.gfn)) is None or slot.invalid:
             self.todo = []
-            return "the slot is gone"
+            return "the slot is gone, or about to go"
         m.write_tracked.add(self.gfn)
         owed = kvm_mmu_slot_gfn_write_protect(m, self.gfn)
         self.todo = ["kvm_flush_remote_tlbs"] * owed

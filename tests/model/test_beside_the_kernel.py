@@ -7,7 +7,7 @@ import pytest
 from conftest import BASE, HARDWARE, log, make_vm, missed, reported
 
 from kvmbook import Hardware, Kernel, Outcome, Vm
-from kvmbook.model import USER_BASE, GetDirtyLog, InvalidateRange
+from kvmbook.model import USER_BASE, GetDirtyLog, InvalidateRange, WriteGuest, check
 
 EVERY_RELEASE = [Kernel.v5_19, Kernel.v6_0]
 
@@ -381,6 +381,161 @@ def test_switching_the_log_off_forgets_what_was_told():
     assert missed(vm) == [BASE]
 
 
+def test_a_get_that_clears_ends_what_was_told_before():
+    vm = manual()
+    vm.vcpu[0].write(BASE + 3)
+    reported(vm)
+    vm.enable_cap_manual_dirty_log_protect2(0)
+    assert reported(vm) == [BASE + 3]
+    vm.vcpu[0].write(BASE + 3)
+    vm.clear_dirty_log(0, 0, 64, np.ones(64, bool))
+    assert missed(vm) == [BASE + 3]
+
+
+def test_a_bitmap_tells_nobody_anything_once_there_are_rings():
+    vm = Vm(HARDWARE["ept_ad"], Kernel.v6_0)
+    vm.enable_manual_dirty_log_protect(initially_set=True)
+    vm.set_user_memory_region(0, BASE, 64, log_dirty_pages=True)
+    vm.enable_dirty_ring(4096)
+    vm.kvm_write_guest(BASE, vcpu=None)
+    assert missed(vm) == [BASE]
+
+
+def test_a_ring_entry_that_user_space_never_meets_is_no_news():
+    """After an overflow user space waits at a place that is free; what was pushed behind it stays unseen."""
+    vm = Vm(HARDWARE["ept_ad"], Kernel.v6_0)
+    vm.enable_dirty_ring(4096)
+    vm.set_user_memory_region(0, BASE, 512, log_dirty_pages=True)
+    for page in range(260):
+        vm.kvm_write_guest(BASE + page)
+    ring = vm.vcpu[0].dirty_ring
+    ring.harvest()
+    vm.reset_dirty_rings()
+    vm.kvm_write_guest(BASE + 300)
+    assert ring.harvest() == [] and missed(vm) == [BASE, BASE + 1, BASE + 2, BASE + 3, BASE + 300]
+
+
+def test_the_invariants_see_the_overlooked_huge_page_before_a_write_is_lost():
+    vm = Vm(HARDWARE["ept_ad"], Kernel.v6_0, page_size="2M")
+    vm.enable_manual_dirty_log_protect(initially_set=True)
+    vm.set_user_memory_region(0, 0x3FF, 513)
+    vm.vcpu[0].write(0x400)
+    vm.set_user_memory_region(0, 0x3FF, 513, log_dirty_pages=True)
+    vm.enable_cap_manual_dirty_log_protect2(1)
+    check(vm)  # all pages are marked
+    vm.enable_cap_manual_dirty_log_protect2(3)
+    vm.clear_dirty_log(0, 0, 64, np.arange(64) < 2)
+    with pytest.raises(AssertionError, match=r"gfn 0x400: SPTE .* allows writes, and it is not marked"):
+        check(vm)
+
+
+# ---- slots that share user memory, and slots that are about to go ----------------------------------------------------
+
+
+def two_names(name):
+    """Slot 1, from gfn BASE + 64, lies on slot 0's user memory; both map page 0."""
+    vm = make_vm(HARDWARE[name], Kernel.v6_0, npages=8)
+    vm.set_user_memory_region(1, BASE + 64, 8, userspace_addr=vm.memslots.slots[0, 0].userspace_addr)
+    for gfn in (BASE, BASE + 64):
+        vm.vcpu[0].write(gfn)
+    return vm
+
+
+@pytest.mark.parametrize("name", HARDWARE)
+def test_the_hosts_calls_are_about_user_memory_and_reach_every_slot_that_lies_on_it(name):
+    vm = two_names(name)
+    assert vm.clear_young(BASE, BASE + 1) and not vm.test_young(BASE + 64, BASE + 65)
+    vm.change_pte(BASE, writable=True)
+    assert vm.spte(BASE) == vm.spte(BASE + 64) == 0
+    vm.set_user_memory_region(1, BASE + 64, 8, log_dirty_pages=True)
+    for gfn in (BASE, BASE + 64):
+        vm.vcpu[0].write(gfn)
+    frames = {vm.fmt.spte_to_pfn(vm.spte(gfn)) for gfn in (BASE, BASE + 64)}
+    assert frames == {vm.host.lookup(vm.memslots.slots[0, 0].hva(BASE)).pfn}
+    with pytest.raises(ValueError, match="is mapped already"):
+        vm.write_protect_host_page(BASE)
+
+
+def test_a_fault_on_the_other_name_of_a_page_retries_while_the_host_invalidates():
+    vm = two_names("ept_ad")
+    host = vm.start(InvalidateRange(BASE, BASE + 1))
+    for _ in range(2):
+        vm.step(host)
+    vm.vcpu[0].attempt("write", BASE + 64)
+    assert vm.run(vm.vcpu[0].fault) is Outcome.RETRY
+
+
+def test_an_invalidation_where_no_slot_is_makes_no_fault_retry():
+    vm = make_vm()
+    vm.vcpu[0].attempt("write", BASE)
+    fault = vm.vcpu[0].fault
+    while fault.todo[0] != "make_spte":
+        vm.step(fault)
+    vm.invalidate_range(0x9000, 0x9001)
+    assert vm.run(fault) is Outcome.SLOW_FAULT
+
+
+def test_a_write_to_a_read_only_slot_that_is_about_to_go_is_tried_again():
+    vm = make_vm()
+    vm.set_user_memory_region(1, 0x1000, 8, readonly=True)
+    assert vm.vcpu[0].write(0x1000) is Outcome.MMIO
+    vm.step(vm.start(vm.user_memory_region(1, 0x1000, 0)))
+    vm.vcpu[0].attempt("write", 0x1000)
+    assert vm.run(vm.vcpu[0].fault) is Outcome.RETRY
+
+
+def test_zapping_everything_ends_all_tracking_of_guest_page_tables():
+    vm = make_vm(HARDWARE["ept_ad"])
+    vm.set_user_memory_region(1, 0x1000, 8)
+    vm.track_guest_page_table(BASE)
+    vm.set_user_memory_region(1, 0x1000, 0)
+    assert vm.vcpu[0].write(BASE) is Outcome.SLOW_FAULT
+    delete = vm.start(vm.user_memory_region(0, BASE, 0))
+    for _ in range(3):
+        vm.step(delete)
+    vm.track_guest_page_table(BASE)  # too late: the slot is invalid
+    vm.run(delete)
+    vm.set_user_memory_region(0, BASE, 64)
+    assert vm.vcpu[0].write(BASE) is Outcome.SLOW_FAULT
+
+
+def test_kvms_own_write_looks_at_the_hosts_page_when_it_writes():
+    vm = make_vm()
+    assert vm.vcpu[0].read(BASE) is Outcome.SLOW_FAULT
+    write = vm.start(WriteGuest(BASE, 0))
+    vm.change_pte(BASE)
+    frame = vm.host.lookup(vm.memslots.slots[0, 0].hva(BASE)).pfn
+    vm.run(write)
+    page = vm.host.lookup(vm.memslots.slots[0, 0].hva(BASE))
+    assert page.writable and page.pfn != frame
+
+
+def test_a_get_takes_words_as_it_comes_to_them():
+    vm = make_vm(npages=128)
+    log(vm)
+    vm.vcpu[0].write(BASE)
+    get = vm.start(GetDirtyLog(0))
+    while get.todo[0] != "take_bits":
+        vm.step(get)
+    vm.kvm_write_guest(BASE + 100)
+    vm.run(get)
+    assert get.result.nonzero()[0].tolist() == [0, 100]
+
+
+def test_splitting_a_dirty_huge_page_tells_the_host():
+    vm = make_vm(HARDWARE["ept_ad"], npages=512, page_size="2M")
+    vm.vcpu[0].write(BASE)
+    pfn = vm.fmt.spte_to_pfn(vm.spte(BASE))
+    log(vm)
+    assert vm.level(BASE) == 1 and pfn in vm.host.dirty
+
+
+def test_a_slot_high_in_guest_memory_has_user_memory_by_default():
+    vm = Vm(Hardware.shadow(), Kernel.v6_0)
+    vm.set_user_memory_region(0, 1 << 34, 64)
+    assert vm.vcpu[0].write(1 << 34) is Outcome.SLOW_FAULT
+
+
 # ---- neighbours ------------------------------------------------------------------------------------------------------
 
 PREFETCH = Kernel.v6_0.with_(neighbour_prefetch=True)
@@ -438,6 +593,14 @@ def test_neighbours_end_where_the_host_has_no_writable_page():
     vm.write_protect_host_page(BASE + 14)
     vm.vcpu[0].read(BASE + 11)
     assert mapped(vm) == [8, 9, 10, 11, 12, 13]
+    first = make_vm(HARDWARE["shadow"], PREFETCH)
+    first.write_protect_host_page(BASE)
+    first.vcpu[0].read(BASE + 1)
+    assert mapped(first) == [1]  # of the run before it none can be had: that ends it
+    read_only = make_vm(HARDWARE["shadow"], PREFETCH, npages=8)
+    read_only.set_user_memory_region(1, BASE + 32, 16, readonly=True)
+    read_only.vcpu[0].read(BASE + 35)
+    assert mapped(read_only) == [35]
 
 
 def test_the_search_takes_pages_one_by_one_and_says_so():

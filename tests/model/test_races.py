@@ -390,7 +390,7 @@ def test_the_log_of_address_space_1_says_nothing_about_the_vcpus_pages():
     vm.clear_dirty_log(1 << 16, 0, 64, np.ones(64, bool))
     assert missed(vm) == [BASE]
     vm.set_user_memory_region(slot=1 << 16)
-    assert vm.vcpu[0].write(BASE + 1) is Outcome.EMULATED  # still tracked
+    assert vm.vcpu[0].write(BASE + 1) is Outcome.SLOW_FAULT  # the VM's shadow pages went, and tracking with them
 
 
 def test_kvms_own_writes_use_the_rings_reserve():
