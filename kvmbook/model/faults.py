@@ -382,10 +382,10 @@ class PageFault(GuestAccess):
         if self.root.tdp_mmu and now != self.old_spte:
             self._over(m, Outcome.RETRY)
             return "the SPTE changed meanwhile"
-        update = m.fmt.mmu_spte_update(now, self.new_spte)
+        owed = m.fmt.mmu_spte_update(now, self.new_spte)
         m.page_tables.write(self.sptep, self.new_spte)
         m.tell_host(now, self.new_spte)
-        if update.flush and not self.root.tdp_mmu:
+        if owed and not self.root.tdp_mmu:
             m.kvm_flush_remote_tlbs()
         if m.kernel.neighbour_prefetch and not self.root.tdp_mmu and now != self.new_spte:
             self._direct_pte_prefetch(m)

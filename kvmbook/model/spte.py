@@ -72,14 +72,6 @@ class Aged(NamedTuple):
     pfn_dirty: bool
 
 
-class Updated(NamedTuple):
-    """What replacing one present leaf by another asks for: a flush, and news for the host's ``struct page``."""
-
-    flush: bool
-    pfn_accessed: bool
-    pfn_dirty: bool
-
-
 class Made(NamedTuple):
     """A new leaf, and whether it stayed read-only because the gfn is write-tracked."""
 
@@ -317,8 +309,8 @@ class SpteFormat:
 
     # ---- updates of a present leaf, and the rmap side ---------------------------------------------------------------
 
-    def mmu_spte_update(self, old: int, new: int) -> Updated:
-        """What the legacy MMU owes after replacing the present leaf ``old`` (the value exchanged out) by ``new``.
+    def mmu_spte_update(self, old: int, new: int) -> bool:
+        """Whether the legacy MMU owes a flush after replacing the present leaf ``old`` (the value exchanged out) by ``new``.
 
         Note the first reason to flush: MMU-writable of *old* and W of *new*. An SPTE that was already W=0 says
         "flush" too, if a caller gets that far; see `spte_write_protect` for one that does not.
@@ -326,14 +318,14 @@ class SpteFormat:
         """
         self.check_spte_writable_invariants(new)
         if not self.is_shadow_present_pte(old):
-            return Updated(False, False, False)
+            return False
         assert self.spte_to_pfn(old) == self.spte_to_pfn(new), (
             "a present leaf was replaced by one with another pfn: it must be zapped first"
         )
-        accessed = self.is_accessed_spte(old) and not self.is_accessed_spte(new)
-        dirty = self.is_dirty_spte(old) and not self.is_dirty_spte(new)
         protected = self.is_mmu_writable_spte(old) and not self.is_writable_pte(new)
-        return Updated(protected or accessed or dirty, accessed, dirty)
+        aged = self.is_accessed_spte(old) and not self.is_accessed_spte(new)
+        cleaned = self.is_dirty_spte(old) and not self.is_dirty_spte(new)
+        return protected or aged or cleaned
 
     def spte_write_protect(self, spte: int, pt_protect: bool = False) -> Flushed:
         """Clear W, and with ``pt_protect`` also MMU-writable.
@@ -347,14 +339,14 @@ class SpteFormat:
         new = spte & (ALL_BITS ^ PT_WRITABLE_MASK)
         if pt_protect:
             new = new & (ALL_BITS ^ self.shadow_mmu_writable_mask)
-        return Flushed(new, self.mmu_spte_update(spte, new).flush)
+        return Flushed(new, self.mmu_spte_update(spte, new))
 
     def spte_clear_dirty(self, spte: int) -> Flushed:
         """Clear D. A W=0, MMU-writable SPTE asks for a flush even if D was clear, as `mmu_spte_update` has it.
         Raises AssertionError for a type-1 SPTE, which has no D. Source: mmu/mmu.c, v5.19."""
         assert self.spte_ad_enabled(spte), "clearing D of a type-1 SPTE: it has none, it must be write-protected"
         new = spte & (ALL_BITS ^ self.shadow_dirty_mask)
-        return Flushed(new, self.mmu_spte_update(spte, new).flush)
+        return Flushed(new, self.mmu_spte_update(spte, new))
 
     def spte_wrprot_for_clear_dirty(self, spte: int) -> WasWritable:
         """Test and clear W, without a look at MMU-writable. Source: mmu/mmu.c, v5.19."""

@@ -154,7 +154,7 @@ def test_predicates_and_transformations_bit_by_bit(fmt):
 def test_update_asks_for_a_flush_by_mmu_writable_of_old_and_w_of_new():
     """A different question than spte_write_protect's early return (trap 7)."""
     protected = NO_AD.spte_write_protect(NO_AD.make_spte(PFN, ad_type=TYPE_1).spte).spte
-    assert NO_AD.mmu_spte_update(protected, protected).flush
+    assert NO_AD.mmu_spte_update(protected, protected)
     assert not NO_AD.spte_write_protect(protected).flush
     clean = AD.make_spte(PFN).spte & ~(1 << 9) & ~2
     assert AD.spte_clear_dirty(clean).flush  # D was 0 already
