@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 
@@ -24,6 +25,8 @@ class DirtyLogOperation(Operation):
 
     ``words`` are those still to take; ``taken`` the gfns whose bits were taken.
     """
+
+    last_step: ClassVar[str]
 
     slot_number: int
     slot: MemorySlot = field(default=NO_SLOT, init=False)
@@ -87,7 +90,7 @@ class DirtyLogOperation(Operation):
 
     def ending(self, flush: bool) -> list[str]:
         """The steps after the last word."""
-        return ["kvm_arch_flush_remote_tlbs_memslot"] * flush + ["copy_to_user"]
+        return ["kvm_arch_flush_remote_tlbs_memslot"] * flush + [self.last_step]
 
     @step()
     def kvm_arch_flush_remote_tlbs_memslot(self, m: Machine) -> None:
@@ -99,6 +102,8 @@ class DirtyLogOperation(Operation):
 class GetDirtyLog(DirtyLogOperation):
     """Report the dirty pages of a slot, and re-arm them; with manual protect only report.
     ``result``: bool array, one per page. Source: virt/kvm/kvm_main.c: kvm_get_dirty_log_protect(), v5.19."""
+
+    last_step = "copy_to_user"
 
     def begin(self, m: Machine) -> None:
         self.slot = self.find_slot(m)
@@ -139,6 +144,8 @@ class ClearDirtyLog(DirtyLogOperation):
     Source: virt/kvm/kvm_main.c: kvm_clear_dirty_log_protect(), v5.19.
     """
 
+    last_step = "return_to_user_space"
+
     first_page: int
     num_pages: int
     bitmap: np.ndarray
@@ -172,7 +179,7 @@ class ClearDirtyLog(DirtyLogOperation):
         return ours
 
     @step()
-    def copy_to_user(self, m: Machine) -> str:
+    def return_to_user_space(self, m: Machine) -> str:
         """User space will copy the pages of which a GET has told it. If a bit was cleared of which it was not told, the write
         behind it is lost: nobody will ever name that page."""
         m.note_copies(self.slot, m.take_told(self.slot, self.taken))

@@ -213,6 +213,7 @@ STEP_SAYS = {
     "rearm": "takes W from their pages",
     "kvm_arch_flush_remote_tlbs_memslot": "flushes the TLBs",
     "copy_to_user": "returns",
+    "return_to_user_space": "returns",
 }
 
 
@@ -243,7 +244,7 @@ class Recorder:
         vm, name = self.vm, "GET" if isinstance(operation, GetDirtyLog) else "CLEAR"
         if not operation.started:
             vm.start(operation)
-        while operation.todo and not (until and operation.todo[0] in (until, "copy_to_user")):
+        while operation.todo and not (until and operation.todo[0] in (until, "copy_to_user", "return_to_user_space")):
             did = operation.todo[0]
             vm.step(operation)
             if did in STEP_SAYS:

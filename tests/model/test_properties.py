@@ -239,4 +239,4 @@ def test_the_same_search_finds_the_lost_write(name, policy):
     kernel = Kernel.v5_19.with_(flush=policy)
     machine = type(f"Losing_{name}", (AnyVm,), {"hardware_names": (name,), "kernel": kernel})
     with pytest.raises(AssertionError, match=r"no report will (ever )?say so"):
-        run_state_machine_as_test(machine, settings=settings(QUICK, max_examples=600, phases=[Phase.generate]))
+        run_state_machine_as_test(machine, settings=settings(QUICK, max_examples=4000, phases=[Phase.generate]))
