@@ -1,15 +1,17 @@
 """What KVM and the CPU do: an executable model, in the kernel's own names. It knows nobody else in this package.
 
 Read it from the ground up: a word (`spte`; `compiled` and `arrays` ask a million); memory (`tlb`, `memslots`, `page_tables`,
-`host`); the machine (`hardware`, `kernel`, `machine`); what happens (`access_tracking`, `huge_pages`, `wrprot`, `faults`,
-`memory_regions`, `dirty_log`); and the front door (`vm`, `invariants`). The other wings take what stands below.
+`host`); the machine (`hardware`, `kernel`, `machine`); what happens (`access_tracking`, `huge_pages`, `wrprot`,
+`guest_memory`, `faults`, `memory_regions`, `dirty_log`); and the front door (`vm`, `invariants`). The other wings take what
+stands below.
 """
 
 from kvmbook.model.access_tracking import ClearFlushYoung, ClearYoung, InvalidateRange
 from kvmbook.model.arrays import ALL_BITS, BLOCK, SPTE_BASE_ADDR_MASK, each
 from kvmbook.model.compiled import numba_is_there
 from kvmbook.model.dirty_log import ClearDirtyLog, GetDirtyLog, ResetDirtyRings
-from kvmbook.model.faults import Outcome, PageFault, WriteGuest
+from kvmbook.model.faults import Outcome, PageFault
+from kvmbook.model.guest_memory import WriteGuest
 from kvmbook.model.hardware import Hardware
 from kvmbook.model.host import USER_BASE
 from kvmbook.model.invariants import check, check_leaf

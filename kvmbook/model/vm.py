@@ -9,7 +9,8 @@ import numpy as np
 
 from kvmbook.model.access_tracking import ChangePte, ClearFlushYoung, ClearYoung, InvalidateRange, TestYoung
 from kvmbook.model.dirty_log import ClearDirtyLog, GetDirtyLog, ResetDirtyRings
-from kvmbook.model.faults import Outcome, WriteGuest, access, complete
+from kvmbook.model.faults import Outcome, access, complete
+from kvmbook.model.guest_memory import WriteGuest
 from kvmbook.model.hardware import Hardware
 from kvmbook.model.host import USER_BASE, HostMemory
 from kvmbook.model.kernel import Kernel
