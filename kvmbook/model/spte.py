@@ -51,17 +51,10 @@ class Flushed(NamedTuple):
 
 
 class Changed(NamedTuple):
-    """A new SPTE, and whether the TDP MMU counts it as changed."""
+    """A new SPTE, and whether that counts as a change."""
 
     spte: int
     changed: bool
-
-
-class WasWritable(NamedTuple):
-    """A new SPTE, and whether W was set before."""
-
-    spte: int
-    was_writable: bool
 
 
 class Aged(NamedTuple):
@@ -348,9 +341,9 @@ class SpteFormat:
         new = spte & (ALL_BITS ^ self.shadow_dirty_mask)
         return Flushed(new, self.mmu_spte_update(spte, new))
 
-    def spte_wrprot_for_clear_dirty(self, spte: int) -> WasWritable:
+    def spte_wrprot_for_clear_dirty(self, spte: int) -> Changed:
         """Test and clear W, without a look at MMU-writable. Source: mmu/mmu.c, v5.19."""
-        return WasWritable(spte & (ALL_BITS ^ PT_WRITABLE_MASK), self.is_writable_pte(spte))
+        return Changed(spte & (ALL_BITS ^ PT_WRITABLE_MASK), self.is_writable_pte(spte))
 
     def rmap_clear_dirty(self, spte: int) -> Flushed:
         """Forget that the page is dirty, by W or by D as the SPTE's type asks.

@@ -1,6 +1,6 @@
 """The golden table: what the search finds for all hardware kinds, flush policies and small sizes.
 
-`python tests/golden.py` counts all of it again and writes golden.txt; the tests compare.
+`PYTHONPATH=.:tests .venv/bin/python tests/search/golden.py` counts all of it again and writes golden.txt; the tests compare.
 """
 
 import itertools
