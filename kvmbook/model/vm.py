@@ -179,7 +179,7 @@ class Vm(Machine):
         Beginning it raises OSError EINVAL, EEXIST or ENOMEM.
         """
         if userspace_addr is None:
-            old = self.memslots.find(slot, self.hardware.address_spaces)
+            old = self.memslots.id_to_memslot(slot >> 16, slot & 0xFFFF)
             userspace_addr = old.userspace_addr if old is not None else USER_BASE + base_gfn * PAGE_SIZE % (1 << 39)
         flags = KVM_MEM_LOG_DIRTY_PAGES * log_dirty_pages | KVM_MEM_READONLY * readonly
         region = MemoryRegion(slot, flags, base_gfn << PAGE_SHIFT, npages << PAGE_SHIFT, userspace_addr)
