@@ -299,6 +299,16 @@ def test_kvms_own_write_breaks_copy_on_write(name):
     assert vm.fmt.spte_to_pfn(vm.spte(BASE)) != old
 
 
+def test_a_fault_that_broke_copy_on_write_has_raced_with_its_own_notifier():
+    """It noted the sequence before it asked the host, so it retries: a second fault maps the page."""
+    vm = make_vm()
+    vm.write_protect_host_page(BASE)
+    vm.vcpu[0].attempt("write", BASE)
+    assert vm.run(vm.vcpu[0].fault) is Outcome.RETRY
+    vm.vcpu[0].attempt("write", BASE)
+    assert vm.run(vm.vcpu[0].fault) is Outcome.SLOW_FAULT
+
+
 @pytest.mark.parametrize("writable", [True, False])
 @pytest.mark.parametrize("name", ["ept_no_ad", "ept_ad", "npt_legacy", "shadow"])
 def test_change_pte_finds_nothing_mapped(name, writable):
