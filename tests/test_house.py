@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 WINGS = {
     "model": [
         "compiled", "arrays", "spte", "tlb", "host", "hardware", "kernel", "memslots", "page_tables", "machine",
-        "access_tracking", "huge_pages", "wrprot", "guest_memory", "faults", "memory_regions", "dirty_log", "vm",
+        "access_tracking", "guest_memory", "huge_pages", "wrprot", "faults", "memory_regions", "dirty_log", "vm",
         "invariants",
     ],
     "search": ["schedule", "cells", "tables", "space", "explore", "products", "anynumber", "flush_rules"],

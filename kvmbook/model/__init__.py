@@ -1,9 +1,9 @@
 """What KVM and the CPU do: an executable model, in the kernel's own names. It knows nobody else in this package.
 
 Read it from the ground up: a word (`spte`; `compiled` and `arrays` ask a million); memory (`tlb`, `memslots`, `page_tables`,
-`host`); the machine (`hardware`, `kernel`, `machine`); what happens (`access_tracking`, `huge_pages`, `wrprot`,
-`guest_memory`, `faults`, `memory_regions`, `dirty_log`); and the front door (`vm`, `invariants`). The other wings take what
-stands below.
+`host`); the machine (`hardware`, `kernel`, `machine`); what happens (`access_tracking`, `guest_memory`, `huge_pages`,
+`wrprot`, `faults`, `memory_regions`, `dirty_log`); and the front door (`vm`, `invariants`). The other wings take what stands
+below.
 """
 
 from kvmbook.model.access_tracking import ClearFlushYoung, ClearYoung, InvalidateRange

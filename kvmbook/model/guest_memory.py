@@ -1,4 +1,4 @@
-"""KVM reaches for a page of guest memory itself, through the host's page tables: to map it, or to write it."""
+"""KVM reaches for a page of guest memory itself: to map it, to write it, to guard it."""
 
 from __future__ import annotations
 

@@ -6,14 +6,15 @@ CPU can write, and so clears MMU-writable too. (*Enabling* dirty logging passes 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
 import numpy as np
 
+from kvmbook.model.guest_memory import GuestAccess
 from kvmbook.model.huge_pages import split_huge_pages
-from kvmbook.model.machine import Machine, Operation, step
+from kvmbook.model.machine import Machine, step
 from kvmbook.model.memslots import MemorySlot
 from kvmbook.model.page_tables import RMAPS, TDP
 from kvmbook.model.spte import KVM_MAX_HUGEPAGE_LEVEL, PG_LEVEL_2M, PG_LEVEL_4K, pages_per_level
@@ -64,26 +65,17 @@ def kvm_mmu_slot_gfn_write_protect(m: Machine, gfn: int, min_level: int = PG_LEV
 
 
 @dataclass(eq=False)
-class TrackGuestPageTable(Operation):
+class TrackGuestPageTable(GuestAccess):
     """KVM starts to shadow the guest page table at ``gfn``: nobody may write it unseen once the lock is dropped.
     Source: mmu/page_track.c: kvm_slot_page_track_add_page(), mmu/mmu.c: account_shadowed(), v5.19."""
 
     actor: ClassVar[str] = "KVM"
 
-    gfn: int
-    generation: int = field(
-        default=0, init=False
-    )  # a vCPU does this while it handles an exit: publications wait for it
-
     def begin(self, m: Machine) -> None:
-        if m.memslots.gfn_to_memslot(self.gfn) is None:
+        super().begin(m)
+        if self.slot is None:
             raise ValueError(f"gfn {self.gfn:#x} is in no slot")
-        self.generation = m.memslots.generation
         self.todo = ["kvm_mmu_slot_gfn_write_protect"]
-
-    @property
-    def where(self) -> int:
-        return self.gfn
 
     @step(lock="write", keeps=True)
     def kvm_mmu_slot_gfn_write_protect(self, m: Machine) -> str:
