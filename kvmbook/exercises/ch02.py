@@ -30,8 +30,8 @@ def quiz_02_1() -> Answer:
         Outcome.SLOW_FAULT: "a slow fault: its mapping is gone",
     }
     because = (
-        "Nothing of slot 1 must be reached any more, and these releases do not look for its SPTEs one by one: they drop all "
-        "SPTEs of the VM, and flush."
+        "No page of slot 1 may be reached any more. Linux v5.19 and v6.0 do not look for that slot's SPTEs one by one: they "
+        "drop all SPTEs of the VM, and flush."
     )
     return Answer(options[outcome], because)
 
@@ -49,7 +49,7 @@ def quiz_02_2() -> Answer:
         option = "in neither: it came too late for one, too early for the other"
     because = (
         "The write sets no bit, and needs none: the page is in this report already, and user space reads the page after "
-        "GET returns, so it reads both writes."
+        "GET returns, so what it reads has both writes."
     )
     return Answer(option, because)
 
@@ -61,15 +61,15 @@ def quiz_02_2() -> Answer:
 )
 def quiz_02_3() -> Answer:
     """With INITIALLY_SET, user space GETs the log, CLEARs pages 0 to 63, and copies all pages. Then the guest writes page
-    70, and the write goes through without a fault. What becomes of it?"""
+    70, and the write goes through without a fault. What becomes of that write?"""
     vm = logged_vm("manual, initially set")
     vm.clear_dirty_log(0, 0, 64, vm.get_dirty_log(0)[:64])
     outcome = vm.vcpu[0].write(BASE_GFN + 70)
     named = outcome in (Outcome.HIT, Outcome.WALK) and vm.get_dirty_log(0)[70]
     option = "the next GET names the page" if named else "it is lost: nothing faults"
     because = (
-        "Page 70 was never cleared, so its bit is set still. If you copy a page without a CLEAR you copy it again, but "
-        "lose nothing; a page that is writable is dangerous only if its bit is clear."
+        "No CLEAR took the bit of page 70, so that bit is still set. If you copy a page without a CLEAR, you will copy it "
+        "once more, but you lose nothing: a writable page is dangerous only if its bit is clear."
     )
     return Answer(option, because)
 
@@ -89,8 +89,8 @@ def quiz_02_4() -> Answer:
     alone = "one page is cleared and protected, the others are left alone"
     option = alone if clear.taken == [BASE_GFN + 1] else "all 64 pages are write-protected again"
     because = (
-        "CLEAR takes only bits that are asked for and set. It is no licence to ask for all: a page that the guest wrote "
-        "after your GET is cleared too, and you never heard of it."
+        "CLEAR takes only bits that are asked for and set. Still, do not ask for all: the bit of a page that the guest wrote "
+        "after your GET is taken too, and no report has named that page."
     )
     return Answer(option, because)
 
@@ -256,12 +256,12 @@ class BusyVm(Vm):
 def _why_old(vm: BusyVm, page: int) -> str:
     """What a loop did to a page of which the destination has an old version."""
     if page in vm.blind:
-        return "for one: a CLEAR took its bit, and no report of yours had named it; which bits do you ask CLEAR for?"
+        return "a CLEAR took its bit, and no report of yours had named the page; which bits do you ask CLEAR for?"
     if vm.copied[page] < vm.cleared[page] and not vm.dirty_bitmap()[page]:
-        return "for one: it was copied, and then its bit was cleared; what may the guest have done between the two?"
+        return "you copied it, and then you had its bit cleared; what may the guest have done between the two?"
     if page in vm.named:
-        return "for one: a report has named it, and you have not sent it; do you go through all of the slot?"
-    return "for one: no report has named it since it was written; do you ask for one in each round?"
+        return "a report has named it, and you have not sent it; do you go through all of the slot?"
+    return "no report has named it since the guest wrote it; do you ask for a report in each round?"
 
 
 @checker
@@ -273,18 +273,19 @@ def check_02_2(loop: Loop) -> str:
         vm.turns = 100
         loop(vm, vm.send)
     if vm.longest > 64:
-        return f"one CLEAR speaks of {vm.longest} pages; let none hold mmu_lock for more than 64"
+        return f"one CLEAR spans {vm.longest} pages; let no CLEAR span more than 64"
     vm.turns = 0
     loop(vm, vm.send)
     old = [page for page in range(SLOT_PAGES) if vm.here[page] != vm.there[page]]
     if old:
-        return f"the guest has stopped, and {len(old)} pages of the destination are old. Page {old[0]} {_why_old(vm, old[0])}"
+        why = _why_old(vm, old[0])
+        return f"the guest has stopped, and {len(old)} pages of the destination are old. One is page {old[0]}: {why}"
     if vm.unasked:
         return f"{vm.unasked} times you send a page that no report has named since you sent it last"
     sent = vm.sent
     loop(vm, vm.send)
     if vm.sent > sent:
-        return f"the guest wrote nothing since, and you send {vm.sent - sent} pages again; which call takes their bits away?"
+        return f"the guest has written nothing more, and you send {vm.sent - sent} pages again; which call takes their bits?"
     writable = [page for page in range(SLOT_PAGES) if vm.fmt.is_writable_pte(vm.spte(BASE_GFN + page))]
     return f"page {writable[0]} is still writable, though you sent it: it was never armed again" if writable else ""
 
@@ -303,11 +304,11 @@ def check_02_3(run: Callable[[Vm, GetDirtyLog], Any]) -> str:
     logged = len(vm.log)
     run(vm, get)
     if vm.kernel is not kernel or vm.memslots.slots[0, 0].base_gfn != BASE_GFN:
-        return "keep the VM that you are given"
+        return "your run has replaced the VM's kernel or its slot; keep those that you are given"
     if not get.started:
-        return "begin the harvest you are given with vm.start(get), and do its steps with vm.step(get)"
+        return "begin the harvest that you are given with vm.start(get), and do its steps with vm.step(get)"
     if vm.in_flight:
-        return f"{vm.in_flight[0].who}: {vm.in_flight[0].todo[0]} is still to be done; finish every operation"
+        return f"{vm.in_flight[0].who} has not finished: its next step is {vm.in_flight[0].todo[0]}; finish every operation"
     if len(vm.missed_dirty(0)):
         return ""
     steps = [event.step for event in vm.log[logged:]]
@@ -316,5 +317,7 @@ def check_02_3(run: Callable[[Vm, GetDirtyLog], Any]) -> str:
     if not writes:
         return "nobody writes while the harvest runs"
     if all(event.note == Outcome.HIT.value for event in writes):
-        return "your write in the middle is a TLB hit, which leaves the SPTE alone; who has no entry for the page?"
-    return "no write is missed; when is the SPTE writable and the bit clear, and who could use that?"
+        return (
+            "your write in the middle is a TLB hit, which leaves the SPTE alone; whose TLB has no entry for the page?"
+        )
+    return "no write is missed; when is the SPTE writable while the bit is clear, and which vCPU could write then?"

@@ -33,21 +33,24 @@ def quiz_03_1() -> Answer:
     assert not vm.fmt.is_writable_pte(vm.spte(BASE_GFN))
     at_once = vm.vcpu[0].write(BASE_GFN) is Outcome.HIT
     because = (
-        "Its TLB still holds the old rights, and a TLB hit does not look at W. The bit that warns you is MMU-writable: it "
-        "is 1."
+        "The TLB of vCPU 0 still holds the old rights, and a TLB hit does not look at W. The bit that warns you is "
+        "MMU-writable (MW): it is 1."
     )
     return Answer("yes, at once: a TLB entry may be left" if at_once else "yes, but only after a fault", because)
 
 
 @question("by D: spte_ad_enabled() says yes", "by W", "by D and W")
 def quiz_03_2() -> Answer:
-    """A leaf has type 2. How does KVM note that its page is written?"""
+    """A leaf has type 2. By which of its bits does dirty logging notice a write to the page?"""
     fmt = SpteFormat.ept()
     fresh = fmt.make_spte(PFN, ad_type=SPTE_TDP_AD_WRPROT_ONLY_MASK).spte
     cleared = fresh ^ fmt.rmap_clear_dirty(fresh).spte
     how = [name for name, mask in (("D", fmt.shadow_dirty_mask), ("W", PT_WRITABLE_MASK)) if cleared & mask]
     option = {"W": "by W", "D": "by D: spte_ad_enabled() says yes"}.get("".join(how), "by D and W")
-    because = "Its A and D bits are real, but spte_ad_need_write_protect() says yes too, and that is what logging asks."
+    because = (
+        "The A and D bits of such a leaf are real, so spte_ad_enabled() says yes. But logging asks "
+        "spte_ad_need_write_protect(), and that says yes, too."
+    )
     return Answer(option, because)
 
 
@@ -59,7 +62,9 @@ def quiz_03_3() -> Answer:
     spte = fmt.mmu_spte_age(fmt.make_spte(PFN, ad_type=SPTE_TDP_AD_DISABLED_MASK).spte).spte
     flush = fmt.spte_write_protect(spte, pt_protect=True).flush
     yes, no = "yes: MW is 1, so a TLB may still let the guest write", "no: W is 0, so there is nothing to take away"
-    because = "With pt_protect it looks at MW, not at W: MW goes from 1 to 0, and that never happens without a flush."
+    because = (
+        "For shadow paging spte_write_protect() looks at MW, not at W. MW goes from 1 to 0, and that needs a flush."
+    )
     return Answer(yes if flush else no, because)
 
 
@@ -71,22 +76,23 @@ def quiz_03_4() -> Answer:
     vm.vcpu[1].read(BASE_GFN)
     rights = "".join(c for c, on in zip("RWX", vm.fmt.hardware_rights(vm.spte(BASE_GFN)), strict=True) if on)
     because = (
-        "R and X were saved, and both come back, also for a read alone. W was not saved: only a write fault sets it."
+        "R and X were saved, and both come back, even if the access is only a read. W was not saved: only a write fault "
+        "sets it again."
     )
     return Answer({"RWX": "R, W and X", "RX": "R and X"}.get(rights, "only R"), because)
 
 
-@question("the same: fresh and writable", "it is read-only", "it is a word that KVM never makes")
+@question("the same: a fresh, writable SPTE", "a read-only SPTE", "a word that KVM never makes")
 def quiz_03_5() -> Answer:
-    """0000000004567e67 is the SPTE of a fresh, writable page on an AMD host. What would KVM on an Intel host with A/D bits
-    say to the same word?"""
+    """0000000004567e67 is the SPTE of a fresh, writable page on an AMD host. What is the same word
+    to KVM on an Intel host with A/D bits?"""
     fresh = SpteFormat.npt().make_spte(PFN).spte
     fmt = SpteFormat.ept()
-    because = "Bits 9 and 10 are HW and MW there, but in EPT these are bits 57 and 58, and both are 0 while W is 1."
+    because = "On AMD, HW and MW are bits 9 and 10. In EPT they are bits 57 and 58, and here both are 0 while W is 1."
     if broken_rule(fmt, fresh):
-        return Answer("it is a word that KVM never makes", because)
+        return Answer("a word that KVM never makes", because)
     same = fmt.is_writable_pte(fresh)
-    return Answer("the same: fresh and writable" if same else "it is read-only", because)
+    return Answer("the same: a fresh, writable SPTE" if same else "a read-only SPTE", because)
 
 
 # ---- exercise 1: decode ----------------------------------------------------------------------------------------------
@@ -160,12 +166,12 @@ def _after(past: History) -> int:
 
 
 WHERE = {
-    "pfn": "the ten hexadecimal digits in the middle",
-    "type": "bits 53 and 52, in the third digit from the left",
-    "W": "bit 1",
-    "MW": "KVM's own bit; where is it in this format?",
-    "young": "an A bit if there is one, else: is it access-tracked?",
-    "state": "the list in the exercise, from its top",
+    "pfn": "it is the ten hexadecimal digits in the middle",
+    "type": "it is in bits 53 and 52, in the third digit from the left",
+    "W": "it is bit 1",
+    "MW": "it is one of KVM's own bits; where does that stand in this format?",
+    "young": "if there is an A bit, it says so; if there is none, ask whether the word is access-tracked",
+    "state": "go down the list in the exercise, from its top, and stop at the first that fits",
 }
 
 
@@ -187,7 +193,7 @@ def check_03_1(decoded: Mapping[str, Any], seed: int = 1) -> str:
     if isinstance(decoded["pfn"], str):
         return "give pfn as a number, 0x..."
     wrong = next((name for name, value in facts.items() if decoded[name] != value), None)
-    return f"{wrong!r} is another; look at: {WHERE[wrong]}" if wrong else ""
+    return f"your answer for {wrong!r} is wrong; {WHERE[wrong]}" if wrong else ""
 
 
 # ---- exercise 2: build -----------------------------------------------------------------------------------------------
@@ -202,7 +208,7 @@ def check_03_2(word: str | int, seed: int = 1) -> str:
     if not wrong:
         return ""
     if fmt.spte_to_pfn(wrong):
-        return "the frame is another"
+        return "the frame is wrong; it is the ten hexadecimal digits in the middle"
     kinds = {field.kind for field in fields(fmt) if field.mask & wrong}
     who = "that nobody reads"
     if kinds != {FREE}:
@@ -245,6 +251,10 @@ def check_03_3(origins: Callable[[SpteFormat, int], Collection[str | int]]) -> s
     return ""
 
 
+def _words(many: int) -> str:
+    return "one word" if many == 1 else f"{many} words"
+
+
 def _why_no_origin(fmt: SpteFormat, word: int, spte: int) -> str:
     """What is wrong with a word that a reader calls an origin of ``spte``."""
     if broken := broken_rule(fmt, word):
@@ -258,7 +268,7 @@ def _why_no_origin(fmt: SpteFormat, word: int, spte: int) -> str:
 def _what_is_missing(fmt: SpteFormat, spte: int, said: Collection[int], many: int) -> str:
     """Where to look for origins of ``spte`` that a reader has not named."""
     if spte not in said:
-        return f"{many} more lead there; what does ageing do to a word that is old already?"
+        return f"you miss {_words(many)}; what does ageing do to a word that is old already?"
     if fmt.spte_ad_enabled(spte):
-        return f"{many} more lead there; which one bit does ageing clear, if the type says that there is an A bit?"
-    return f"{many} more lead there; of R, W and X two were saved: what says whether the third may have been set?"
+        return f"you miss {_words(many)}; which one bit does ageing clear, if the type says that there is an A bit?"
+    return f"you miss {_words(many)}; two of R, W and X were saved: which bit says whether the third may have been set?"

@@ -22,7 +22,8 @@ from kvmbook.search import any_number
 
 @question("yes", "no")
 def quiz_08_1() -> Answer:
-    """Logging is switched off and on again, and no page was used meanwhile. Does "if changed" flush the second time?"""
+    """Logging is on. It is switched off and on again, and no page is used meanwhile. Does the flush rule "if changed" flush
+    at the second enabling?"""
     vm = Vm(Hardware.ept(ad_bits=False), Kernel.v5_19)
     vm.set_user_memory_region(slot=0, base_gfn=BASE_GFN, npages=PAGES)
     vm.vcpu[0].write(BASE_GFN)
@@ -31,8 +32,9 @@ def quiz_08_1() -> Answer:
     flushes = vm.counters.flushes
     enable(vm)
     because = (
-        "No SPTE is writable any more. Whether it should flush depends on the first enabling: if that one flushed, no "
-        "TLB can hold a writable copy; if it did not, because all pages were aged, the stale copies are still there."
+        "No SPTE is writable any more, so there is none to change. Whether a flush is needed depends on the first enabling: "
+        "if that one flushed, no TLB can hold a writable copy; if it did not, because all pages were aged, the stale "
+        "copies are still there."
     )
     return Answer("yes" if vm.counters.flushes > flushes else "no", because)
 
@@ -51,7 +53,7 @@ def quiz_08_2() -> Answer:
     logged = vm.dirty_bitmap()[0]
     vm.run(enabling)
     lost = len(vm.missed_dirty(0)) > 0
-    because = "Enabling has not returned, so user space has not begun to copy. Whatever it copies later has the write."
+    because = "Enabling has not returned, so user space has not begun to copy. What it copies later has the write."
     return Answer("it is logged" if logged else "it is lost" if lost else "it is not logged, and not lost", because)
 
 
@@ -70,8 +72,8 @@ def quiz_08_3() -> Answer:
         return len(vm.missed_dirty(0)) == 0
 
     because = (
-        "Its pass then changes SPTEs, and the flush is for the whole VM. It may come before slot 0 is enabled or after, "
-        "if only it comes after the ageing and before the guest writes."
+        "The pass over the second slot then changes SPTEs, and its flush is for the whole VM. That flush may come before "
+        "logging is enabled on slot 0 or after it, but it must come after the ageing and before the guest writes."
     )
     if saved(enabled=False):
         return Answer("yes, by being there", because)
@@ -83,9 +85,9 @@ def quiz_08_3() -> Answer:
 # What a reader whose plan lacks a step should look for.
 MISSING = {
     "kvm_mmu_update_cpu_dirty_logging": "the CPU must be told to log; which step does that?",
-    "clear_dirty_rmap": "D is to tell about writes; which pass sees to it that it can?",
-    "write_protect_rmap": "D tells about 4K pages; what of larger ones?",
-    "flush_always": "what has v6.0 put at the end, whatever the passes met?",
+    "clear_dirty_rmap": "the CPU reports a write when it sets D; which pass sees to it that D has to be set?",
+    "write_protect_rmap": "D reports writes to 4K pages; which pass makes sure of larger ones?",
+    "flush_always": "which step has v6.0 put at the end, whatever the passes met?",
 }
 
 
@@ -103,7 +105,7 @@ def _foreign(name: str) -> str:
         return "belongs to the eager split, which is not made where the TDP MMU is off"
     if name.endswith("_tdp"):
         return "visits the TDP MMU's tables, and this host has none"
-    return "asks before it flushes, as v5.19 does"
+    return "flushes only if a pass asked for it, as v5.19 does"
 
 
 @checker
@@ -199,9 +201,11 @@ def check_08_2(rule: FlushRule) -> str:
                 return f"{hardware.name}: a write is missed if the page was {what}"
     for hardware in (NO_AD, NPT, PML):
         if _flushes_and_missed(hardware, kernel, _map_read_only)[0]:
-            return f"{hardware.name}: it flushes, although the only mapped page is read-only in the host"
+            return f"{hardware.name}: your rule flushes, although the only mapped page is read-only in the host"
     if _flushes_and_missed(NPT, kernel, _log_before)[0]:
-        return "NPT: it flushes when logging was off and is on again, although ageing has taken no W there: W tells"
+        return (
+            "NPT: your rule flushes when logging was switched off and on again. Ageing takes no W there, so ask for W"
+        )
     for hardware in (NO_AD, NPT, PML):
         if not any_number(hardware, kernel).safe:
             return f"{hardware.name}: chapter 10's search finds a run under your rule that loses a write"
@@ -222,9 +226,9 @@ def check_08_3(run: Run) -> str:
     logged = len(vm.log)
     run(vm)
     if vm.kernel is not kernel:
-        return "that is another kernel; keep the one you are given"
+        return "your run has replaced the VM's kernel; keep the one that you are given"
     if vm.in_flight:
-        return f"{vm.in_flight[0].who}: {vm.in_flight[0].todo[0]} is still to be done; finish every operation"
+        return f"{vm.in_flight[0].who} has not finished: its next step is {vm.in_flight[0].todo[0]}; finish every operation"
     if (0, 0) not in vm.memslots.slots or not vm.memslots.slots[0, 0].logs_dirty:
         return "your run must leave dirty logging enabled"
     if len(vm.missed_dirty(0)):

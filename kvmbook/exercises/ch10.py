@@ -33,8 +33,8 @@ def quiz_10_1() -> Answer:
 @question("yes", "no")
 def quiz_10_2() -> Answer:
     """Take six configurations: EPT without A/D bits, EPT with them, EPT with PML, each under "if changed" and under "if
-    MMU-writable", with two vCPUs. Cut by access, the loss with PML disappears. Can it be the other way round, a loss that
-    only a coarser cut finds?"""
+    MMU-writable", with two vCPUs. Cut by access, the search does not find the loss with PML. Is there also a loss that only
+    the coarser cut finds?"""
     names = {"off": "EPT without A/D bits", "on": "EPT with them", "on, with PML": "EPT with PML"}
     lost = {
         grain: [
@@ -48,14 +48,15 @@ def quiz_10_2() -> Answer:
     coarse, fine = lost[Grain.ACCESS], lost[Grain.FAULT]
     because = (
         "What a coarse step does, finer steps can do one after the other with nobody in between. Cut by access, a write is "
-        f"lost with {' and '.join(coarse)}. Cut by fault, also with {' and '.join(x for x in fine if x not in coarse)}."
+        f"lost with {' and '.join(coarse)}. Cut by fault, a write is also lost with "
+        f"{' and '.join(x for x in fine if x not in coarse)}."
     )
     return Answer("no" if set(coarse) < set(fine) else "yes", because)
 
 
 @question("yes", "no")
 def quiz_10_3() -> Answer:
-    """Without A/D bits, is there a flush policy under which three vCPUs can lose a write, and two cannot?"""
+    """Without A/D bits, is there a flush rule, of the four, under which three vCPUs can lose a write, and two cannot?"""
     verdicts = {
         vcpus: [
             explore(Hardware.ept(ad_bits=False), Kernel.v5_19.with_(flush=flush), vcpus=vcpus, grain=Grain.ACCESS).safe
@@ -64,8 +65,8 @@ def quiz_10_3() -> Answer:
         for vcpus in (2, 3)
     }
     because = (
-        "A step touches one vCPU's view, or all alike, so two are enough to have one that moves and one that keeps a stale "
-        "copy. That is only a reason to expect it; the searches and the table for any number are the proof."
+        "A step changes what one vCPU remembers, or all of them alike. So two vCPUs are enough: one that moves, and one that "
+        "keeps a stale copy. That makes the answer likely; the searches, and the table for any number of vCPUs, prove it."
     )
     return Answer("no" if verdicts[2] == verdicts[3] else "yes", because)
 
@@ -108,7 +109,7 @@ def _hint_10_1(letter: str, names: Collection[str] | None) -> str:
     if not loss.is_cured_without(names):
         return f"{letter}: a write is still lost; have the run searched and printed: which of its steps leaves a TLB stale?"
     fewer = [[name for name in names if name != spared] for spared in names]
-    return f"{letter}: fewer are enough" if any(map(loss.is_cured_without, fewer)) else ""
+    return f"{letter}: fewer steps are enough" if any(map(loss.is_cured_without, fewer)) else ""
 
 
 @checker
@@ -136,7 +137,7 @@ def check_10_2(steps: Sequence[str]) -> str:
         act(vm, can[" ".join(said.split())], Grain.ACCESS)
     if len(vm.missed_dirty(0)) < 2:
         return f"{len(vm.missed_dirty(0))} of 2 writes are lost; can one pass of enabling miss both pages?"
-    return "" if len(steps) <= 13 else f"both are lost, in {len(steps)} steps; 13 are enough"
+    return "" if len(steps) <= 13 else f"both writes are lost, in {len(steps)} steps; 13 steps are enough"
 
 
 # ---- 3: where a flush would have helped ------------------------------------------------------------------------------
@@ -177,9 +178,9 @@ def check_10_3(helps: Callable[[Result], Collection[int]]) -> str:
         if said - set(steps):
             return f"{what} has the steps 1 to {len(steps)}; you name {min(said - set(steps))}"
         if said - right:
-            return f"{what}: a flush after step {min(said - right)} comes too early or too late; what has the TLB afterwards?"
+            early = f"a flush after step {min(said - right)} comes too early or too late"
+            return f"{what}: {early}; what does the TLB hold afterwards?"
         if right - said:
-            return (
-                f"{what}: {len(right - said)} more would do; must the SPTE have lost its rights before the TLB forgets?"
-            )
+            miss = f"you miss {len(right - said)} of its steps"
+            return f"{what}: {miss}; must the SPTE have lost its rights before the TLB forgets?"
     return ""

@@ -22,7 +22,8 @@ def quiz_11_1() -> Answer:
     with_them = [BitRule(needed.union(some)) for n in range(len(free) + 1) for some in combinations(free, n)]
     assert not sound_rules(hardware, [BitRule(kinds - {kind}) for kind in needed])
     because = (
-        f"Those {len(needed)} must be in a sound rule. The other {len(free)} may be in it or not: 2 to the {len(free)}."
+        f"A sound rule flushes for each of those {len(needed)} kinds. For each of the other {len(free)} it may flush or not: "
+        f"that makes 2 to the power of {len(free)} rules."
     )
     return Answer(str(len(sound_rules(hardware, with_them))), because)
 
@@ -34,8 +35,8 @@ def quiz_11_2() -> Answer:
     cheapest = _losing_w(hardware)
     more = [BitRule(cheapest | {kind}) for kind in leaves_met(hardware) if kind not in cheapest]
     because = (
-        "It could, if a flush had side effects that lose something. The searches say that it does not here: the sound rules "
-        "are exactly those that contain the least one."
+        "It could, if a flush had side effects that lose a write. The searches say that it has none here: the sound rules "
+        "are exactly those that contain all kinds of the cheapest one."
     )
     return Answer("no" if sound_rules(hardware, more) == more else "yes", because)
 
@@ -53,8 +54,9 @@ def quiz_11_3() -> Answer:
     said = {3: "on all hardware", 2: "without A/D bits and with PML", 1: "only without A/D bits", 0: "nowhere"}
     assert cheapest in ({"", "NPT", "PML"}, {"", "PML"}, {""}, set())
     because = (
-        "There every leaf that the pass meets is MMU-writable and may be stale. On NPT ageing leaves W alone, so asking for "
-        "W is enough, and cheaper. What the message sketches asks in the write-protecting pass only; with PML it loses."
+        "Without A/D bits and with PML, a TLB may hold a stale copy of every MMU-writable leaf that a pass meets. On NPT "
+        "ageing leaves W alone, so asking for W is enough, and cheaper. The rule that the message sketches asks in the "
+        "write-protecting pass only; with PML that rule loses a write."
     )
     return Answer(said[len(cheapest)], because)
 
@@ -66,9 +68,9 @@ def check_11_1(rule: BitRule) -> str:
     if type(rule) is not BitRule or not isinstance(rule.kinds, frozenset):
         return "give a BitRule(frozenset(...)) of kinds from leaves_met(...)"
     if sound_rules(hardware, [rule]) != [rule]:
-        return "a write can be lost under this rule; which kinds of leaf may a TLB still let write?"
+        return "a write can be lost under this rule; of which kinds of leaf may a TLB still hold a writable copy?"
     spare = [kind for kind in rule.kinds if sound_rules(hardware, [BitRule(rule.kinds - {kind})])]
-    return f"it is sound, but {len(spare)} of its {len(rule.kinds)} kinds could be left out" if spare else ""
+    return f"your rule is sound, but {len(spare)} of its {len(rule.kinds)} kinds could be left out" if spare else ""
 
 
 class WInTheClearDirtyPass:
@@ -108,7 +110,7 @@ def check_11_3(run: Run) -> str:
             vm.set_user_memory_region(slot=slot, base_gfn=BASE_GFN + slot * 0x100, npages=4)
         run(vm)
         if vm.kernel is not kernel:
-            return "that is another kernel; keep the one you are given"
+            return "your run has replaced the VM's kernel; keep the one that you are given"
         if any((0, slot) not in vm.memslots.slots for slot in SLOTS):
             return "keep the three slots that you are given"
         missed = sum(len(vm.missed_dirty(slot)) for slot in SLOTS)
@@ -121,7 +123,7 @@ def check_11_3(run: Run) -> str:
 def _hint_11_3(rule: BitRule, kinds: frozenset[Leaf]) -> str:
     """Which rule passes a reader's test though it should not."""
     if not rule.kinds:
-        return "no write is missed even if nothing is ever flushed; who writes after logging is enabled, through what?"
+        return "no write is missed even if nothing is ever flushed; who writes after enabling, through which TLB entry?"
     left_out = " and ".join(f"[{kind}]" for kind in sorted(kinds - rule.kinds))
     return (
         f"the rule that flushes for all but {left_out} passes your test; is logging ever enabled on a slot that has no "

@@ -30,7 +30,7 @@ def slot_was_touched(vm: Vm, before: MemorySlot) -> bool:
 def lost_while_logging(vm: Vm, kernel: Kernel, hint: str) -> str:
     """A hint unless the VM, still under ``kernel``, logs slot 0 and has missed a write there."""
     if vm.kernel is not kernel:
-        return "that is another kernel; keep the one you are given"
+        return "your run has replaced the VM's kernel; keep the one that you are given"
     if (0, 0) not in vm.memslots.slots or not vm.memslots.slots[0, 0].logs_dirty:
         return "your run must leave dirty logging enabled"
     return "" if len(vm.missed_dirty(0)) else f"no write is missed; {hint}"

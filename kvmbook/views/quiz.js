@@ -19,12 +19,18 @@ function render({ model, el }) {
     const predicted = model.get("predicted");
     if (predicted) check(options, chosen = predicted);
     reveal.disabled = !chosen;
-    const verdict = predicted === answer ? "Yes: " : `You said: ${predicted}. The model says: `;
-    readout.textContent = predicted ? `${verdict}${answer}. ${because}` : "";
+    readout.say(predicted ? sentence(predicted) : "");
   }
 
+  function sentence(predicted) {
+    const verdict = predicted === answer ? "Right. The" : `Not what the model says. You said "${predicted}"; the`;
+    return `${verdict} answer is "${answer}". ${because}`;
+  }
+
+  readout.reserve(model.get("options").map(sentence));
+
   el.classList.add("kvmbook-panel", "kvmbook-quiz");
-  el.append(options, reveal, readout, element("p", { class: "kvmbook-paper" }, `Answer: ${answer}. ${because}`));
+  el.append(options, reveal, readout.el, element("p", { class: "kvmbook-paper" }, `The answer is "${answer}". ${because}`));
   model.on("change:predicted", draw);
   draw();
   return () => model.off("change:predicted", draw);

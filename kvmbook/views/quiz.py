@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import anywidget
 import traitlets
 
+from kvmbook.views.drawing import Picture, framed
 from kvmbook.views.scripts import script, style
+from kvmbook.views.widget import Widget
 
 
-class Quiz(anywidget.AnyWidget):
+class Quiz(Widget):
     """One question with its options; the answer shows after a prediction, and on paper.
 
     Raises ValueError unless there are 2 to 4 options, each another, and the answer is one of them.
@@ -41,8 +42,12 @@ class Quiz(anywidget.AnyWidget):
         """What is shown below the question: nothing before a prediction."""
         if not self.predicted:
             return ""
-        verdict = "Yes: " if self.predicted == self.answer else f"You said: {self.predicted}. The model says: "
-        return f"{verdict}{self.answer}. {self.because}"
+        right = self.predicted == self.answer
+        verdict = "Right. The" if right else f'Not what the model says. You said "{self.predicted}"; the'
+        return f'{verdict} answer is "{self.answer}". {self.because}'
+
+    def still(self) -> Picture:
+        return framed(f"{self.asked} {' / '.join(self.options)}", self.asked, [f"○ {said}" for said in self.options], "")
 
     def __repr__(self) -> str:
         options = [f"  [{'x' if option == self.predicted else ' '}] {option}" for option in self.options]

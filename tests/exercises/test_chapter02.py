@@ -153,7 +153,7 @@ def lose(who=1, again=1, until="take_bits"):
     return run
 
 
-OLD, OF_THEM = "No: the guest has stopped, and", "pages of the destination are old. Page"
+OLD, OF_THEM = "No: the guest has stopped, and", "pages of the destination are old. One is page"
 
 
 @pytest.mark.parametrize(
@@ -172,26 +172,30 @@ OLD, OF_THEM = "No: the guest has stopped, and", "pages of the destination are o
         ("check_02_2", whole_slot, "No: 748 times you send a page"),
         ("check_02_2", twice, "No: 182 times you send a page"),
         ("check_02_2", never_arms(), "No: page 0 is still writable, though you sent it"),
-        ("check_02_2", parts(copies_first=True), f"{OLD} 11 {OF_THEM} 12 for one: it was copied, and then its bit was"),
-        ("check_02_2", parts(asks_for_all=True), f"{OLD} 29 {OF_THEM} 6 for one: a CLEAR took its bit, and no report"),
+        ("check_02_2", parts(copies_first=True), f"{OLD} 11 {OF_THEM} 12: you copied it, and then you had its"),
+        ("check_02_2", parts(asks_for_all=True), f"{OLD} 29 {OF_THEM} 6: a CLEAR took its bit, and no report"),
         (
             "check_02_2",
             parts(last=192),
-            f"{OLD} 3 {OF_THEM} 192 for one: a report has named it, and you have not sent it",
+            f"{OLD} 3 {OF_THEM} 192: a report has named it, and you have not sent it",
         ),
-        ("check_02_2", parts(clears=False), "No: the guest wrote nothing since, and you send 69 pages again"),
-        ("check_02_2", at_once, "No: one CLEAR speaks of 200 pages"),
+        ("check_02_2", parts(clears=False), "No: the guest has written nothing more, and you send 69"),
+        ("check_02_2", at_once, "No: one CLEAR spans 200 pages"),
         ("check_02_2", lambda vm, send: [send(page) for page in range(200)], "No: 1000 times you send a page"),
         ("check_02_2", lambda vm, send: send(200), "No: your answer raised ValueError: page 200 is not in the slot"),
-        ("check_02_2", lambda vm, send: None, f"{OLD} 36 {OF_THEM} 0 for one: no report has named it"),
+        ("check_02_2", lambda vm, send: None, f"{OLD} 36 {OF_THEM} 0: no report has named it"),
         ("check_02_3", lose(), "Yes."),
         ("check_02_3", lose(again=0), "Yes."),
         ("check_02_3", lose(again=None), "No: no write is missed; when is the SPTE writable"),
         ("check_02_3", lose(who=0), "No: your write in the middle is a TLB hit"),
         ("check_02_3", lambda vm, get: vm.run(get), "No: nobody writes while the harvest runs"),
-        ("check_02_3", lambda vm, get: None, "No: begin the harvest you are given"),
-        ("check_02_3", lambda vm, get: vm.start(get), "No: user space: kick is still to be done"),
-        ("check_02_3", lambda vm, get: setattr(vm, "kernel", Kernel.v5_19), "No: keep the VM"),
+        ("check_02_3", lambda vm, get: None, "No: begin the harvest that you are given"),
+        ("check_02_3", lambda vm, get: vm.start(get), "No: user space has not finished: its next step is kick;"),
+        (
+            "check_02_3",
+            lambda vm, get: setattr(vm, "kernel", Kernel.v5_19),
+            "No: your run has replaced the VM's kernel",
+        ),
     ],
 )
 def test_check_cells_answer_wrong_answers_with_a_hint(check, answer, said, capsys):

@@ -38,13 +38,16 @@ def test_decoding_any_fresh_word(capsys):
         wrong = random.Random(seed).choice(list(right))
         ch03.check_03_1({**right, wrong: -1 if wrong == "pfn" else "?"}, seed=seed)
         hint = capsys.readouterr().out
-        assert hint.startswith(f"No: '{wrong}' is another; look at:") and repr(right[wrong]) not in hint.split(";")[0]
+        assert (
+            hint.startswith(f"No: your answer for '{wrong}' is wrong; ")
+            and repr(right[wrong]) not in hint.split(";")[0]
+        )
 
 
 def test_building_any_word(capsys):
     right = {1: "060000091c758a77", 2: "0750000178219870", 3: "020000097c750b75"}
     one = "one bit is wrong, one that"
-    hints = {12: "the frame is another"}
+    hints = {12: "the frame is wrong"}
     hints |= {1: f"{one} hardware reads", 58: f"{one} only KVM reads", 62: f"{one} nobody reads"}
     for seed, word in right.items():
         for answer in (word, int(word, 16), f"0x{word}"):
@@ -92,22 +95,22 @@ YOUNG, OLD = (f"No: EPT without A/D bits, {word}" for word in ("0610000004567877
         (
             "check_03_3",
             lambda fmt, spte: [w for w in origins(fmt, spte) if w != spte],
-            f"{OLD}: 1 more lead there; what does",
+            f"{OLD}: you miss one word; what does",
         ),
         (
             "check_03_3",
             lambda fmt, spte: origins(fmt, spte)[:1],
-            f"{OLD}: 2 more lead there; of R, W and X two were saved",
+            f"{OLD}: you miss 2 words; two of R, W and X were saved",
         ),
         (
             "check_03_3",
             lambda fmt, spte: origins(fmt, spte)[:2],
-            f"{OLD}: 1 more lead there; of R, W and X two were saved",
+            f"{OLD}: you miss one word; two of R, W and X were saved",
         ),
         (
             "check_03_3",
             lambda fmt, spte: origins(fmt, spte)[: 1 if fmt.spte_ad_enabled(spte) else 3],
-            "No: EPT with A/D bits, 0600000004567a77: 1 more lead there; which one bit does ageing clear",
+            "No: EPT with A/D bits, 0600000004567a77: you miss one word; which one bit does ageing clear",
         ),
         (
             "check_03_3",
@@ -123,7 +126,7 @@ YOUNG, OLD = (f"No: EPT without A/D bits, {word}" for word in ("0610000004567877
         (
             "check_03_3",
             lambda fmt, spte: [w | 2 * (w & 1 and not fmt.spte_ad_enabled(w)) for w in origins(fmt, spte)],
-            "No: EPT without A/D bits, 0750000004567870: 1 more",
+            "No: EPT without A/D bits, 0750000004567870: you miss one word",
         ),
     ],
 )
@@ -141,7 +144,7 @@ def test_check_cells_answer_wrong_answers_with_a_hint(check, answer, said, capsy
         ("quiz_03_2", "by W"),
         ("quiz_03_3", "yes: MW is 1, so a TLB may still let the guest write"),
         ("quiz_03_4", "R and X"),
-        ("quiz_03_5", "it is a word that KVM never makes"),
+        ("quiz_03_5", "a word that KVM never makes"),
     ],
 )
 def test_the_model_answers_the_questions(quiz, answer):

@@ -35,9 +35,12 @@ def test_every_chapter_has_questions_and_three_checks():
 def test_a_question_reveals_its_answer_only_after_a_prediction(name):
     quiz = getattr(chapter(name.split("_")[1]), name)()
     assert quiz.readout == "" and quiz.because not in repr(quiz) and quiz.asked.endswith((".", "?"))
-    assert quiz.predict(quiz.answer).startswith(f"Yes: {quiz.answer}. ") and quiz.because.endswith(".")
+    assert quiz.predict(quiz.answer).startswith(f'Right. The answer is "{quiz.answer}". ') and quiz.because.endswith(
+        "."
+    )
     wrong = next(option for option in quiz.options if option != quiz.answer)
-    assert quiz.predict(wrong).startswith(f"You said: {wrong}. The model says: {quiz.answer}. ")
+    said = f'Not what the model says. You said "{wrong}"; the answer is "{quiz.answer}". '
+    assert quiz.predict(wrong).startswith(said)
     with pytest.raises(ValueError, match="the options are"):
         quiz.predict("perhaps")
     assert quiz.predicted == wrong
@@ -213,7 +216,7 @@ BLAMED = [("ages",), ("ages", "ages and flushes"), None]
         ("check_01_1", lambda vm: [cpu.write(0x200) for cpu in vm.vcpu], "No: exactly one vCPU"),
         ("check_01_1", lambda vm: [vm.vcpu[1].read(0x200), vm.kvm_flush_remote_tlbs()], "No: exactly one vCPU"),
         ("check_01_1", lambda vm: vm.vcpu[0].write(0x200), "No: your access never reached KVM"),
-        ("check_01_1", lambda vm: vm.vcpu[0].write(0x999), "No: that page is in no slot"),
+        ("check_01_1", lambda vm: vm.vcpu[0].write(0x999), "No: the page that you touch is in no slot"),
         ("check_01_1", lambda vm: vm.nonsense, "No: your answer raised AttributeError"),
         ("check_01_1", lambda vm: [vm.vcpu[0].evict(0x205), vm.vcpu[0].write(0x205)], "Yes."),
         ("check_01_2", lambda vm: vm.vcpu[0].write(0x200), "No: your run must leave dirty logging enabled"),
@@ -232,13 +235,13 @@ BLAMED = [("ages",), ("ages", "ages and flushes"), None]
         ("check_08_1", ["split_huge_tdp_sptes", *PLAN], "No: 'split_huge_tdp_sptes' belongs to the eager split"),
         ("check_08_1", ["split_huge_rmap_sptes", *PLAN], "No: 'split_huge_rmap_sptes' belongs to the eager split"),
         ("check_08_1", [*PLAN[:1], "clear_dirty_tdp"], "No: 'clear_dirty_tdp' visits the TDP MMU's tables"),
-        ("check_08_1", [*PLAN[:2], "flush_if_owed"], "No: 'flush_if_owed' asks before it flushes, as v5.19 does"),
+        ("check_08_1", [*PLAN[:2], "flush_if_owed"], "No: 'flush_if_owed' flushes only if a pass asked for it"),
         ("check_08_1", ["zap_collapsible_rmap_sptes"], "No: 'zap_collapsible_rmap_sptes' belongs to switching"),
         ("check_08_1", [*PLAN, "flush_always"], "No: 'flush_always' is done once here"),
         ("check_08_1", PLAN[1:], "No: a step is missing: the CPU must be told"),
-        ("check_08_1", [PLAN[0], *PLAN[2:]], "No: a step is missing: D is to tell"),
-        ("check_08_1", [*PLAN[:2], PLAN[3]], "No: a step is missing: D tells about 4K pages"),
-        ("check_08_1", PLAN[:3], "No: a step is missing: what has v6.0 put at the end"),
+        ("check_08_1", [PLAN[0], *PLAN[2:]], "No: a step is missing: the CPU reports a write"),
+        ("check_08_1", [*PLAN[:2], PLAN[3]], "No: a step is missing: D reports writes to 4K"),
+        ("check_08_1", PLAN[:3], "No: a step is missing: which step has v6.0 put"),
         (
             "check_08_1",
             [PLAN[1], PLAN[0], *PLAN[2:]],
@@ -258,8 +261,12 @@ BLAMED = [("ages",), ("ages", "ages and flushes"), None]
             f"No: {PML.name}: a write is missed if the page was made twice, by two faults at once",
         ),
         ("check_08_2", FlushPolicy.IF_MMU_WRITABLE, f"No: {PML.name}: a write is missed if the page was made twice"),
-        ("check_08_2", FlushPolicy.ALWAYS, f"No: {NO_AD.name}: it flushes, although the only mapped page is read-only"),
-        ("check_08_2", Rule(mmu_writable, mmu_writable), "No: NPT: it flushes when logging was off and is on again"),
+        (
+            "check_08_2",
+            FlushPolicy.ALWAYS,
+            f"No: {NO_AD.name}: your rule flushes, although the only mapped page is read-only",
+        ),
+        ("check_08_2", Rule(mmu_writable, mmu_writable), "No: NPT: your rule flushes when logging was"),
         ("check_08_2", Rule(writable_with_ad_bits, mmu_writable), "Yes."),
         ("check_08_2", Rule(writable_with_ad_bits, writable_with_ad_bits), "Yes."),
         (
@@ -271,11 +278,11 @@ BLAMED = [("ages",), ("ages", "ages and flushes"), None]
         (
             "check_08_3",
             lambda vm: [vm.invalidate_range(0x200, 0x201), vm.vcpu[0].attempt("read", 0x200)],
-            "No: KVM for vCPU0: kvm_faultin_pfn is still",
+            "No: KVM for vCPU0 has not finished: its next step is kvm_faultin_pfn",
         ),
         ("check_08_3", lambda vm: vm.vcpu[0].read(0x200), "No: your run must leave dirty logging enabled"),
         ("check_08_3", lambda vm: [vm.vcpu[0].write(0x200), enable(vm)], "No: nobody writes"),
-        ("check_08_3", lambda vm: setattr(vm, "kernel", Kernel.v6_0), "No: that is another kernel"),
+        ("check_08_3", lambda vm: setattr(vm, "kernel", Kernel.v6_0), "No: your run has replaced the VM's kernel"),
         (
             "check_08_3",
             lambda vm: [enable(vm), vm.vcpu[0].write(0x200)],
@@ -290,7 +297,7 @@ BLAMED = [("ages",), ("ages", "ages and flushes"), None]
         ("check_10_1", [("ages page 0",), None, None], "No: a: 'ages page 0' is none of reads, forgets"),
         ("check_10_1", [("writes",), None, None], "No: a: 'writes' must stay"),
         ("check_10_1", [("reads",), None, None], "No: a: a write is still lost"),
-        ("check_10_1", [("ages", "gets"), *BLAMED[1:]], "No: a: fewer are enough"),
+        ("check_10_1", [("ages", "gets"), *BLAMED[1:]], "No: a: fewer steps are enough"),
         ("check_10_1", [None, None, None], "No: a: there are steps whose absence saves every write"),
         ("check_10_1", [BLAMED[0], BLAMED[0], None], "No: b: a write is still lost"),
         ("check_10_1", [*BLAMED[:2], ("reads", "exits")], "No: c: a write is still lost"),
@@ -303,7 +310,7 @@ BLAMED = [("ages",), ("ages", "ages and flushes"), None]
         ),
         ("check_10_2", [*AGED, *ENABLING, "vCPU0 writes page 0"], "No: 1 of 2 writes are lost"),
         ("check_10_2", [*AGED, "vCPU0 forgets page 0", *ENABLING, *WRITES], "No: 1 of 2 writes are lost"),
-        ("check_10_2", [*AGED, *ENABLING, "vCPU0 reads page 0", *WRITES], "No: both are lost, in 14 steps"),
+        ("check_10_2", [*AGED, *ENABLING, "vCPU0 reads page 0", *WRITES], "No: both writes are lost, in 14 steps"),
         ("check_10_2", [*AGED, *ENABLING, *WRITES], "Yes."),
         ("check_10_3", [7], "No: give a function"),
         ("check_10_3", lambda run: [0], "No: the run of reclaim alone has the steps 1 to 15; you name 0"),
@@ -313,7 +320,7 @@ BLAMED = [("ages",), ("ages", "ages and flushes"), None]
             lambda run: range(7, 16),
             "No: the run of reclaim alone: a flush after step 15 comes too early or",
         ),
-        ("check_10_3", lambda run: range(7, 15), "No: the run of reclaim alone: 1 more would do"),
+        ("check_10_3", lambda run: range(7, 15), "No: the run of reclaim alone: you miss 1 of its"),
         ("check_10_3", lambda run: range(6, 15), "No: exercise 1's run c"),
         (
             "check_10_3",
@@ -323,14 +330,14 @@ BLAMED = [("ages",), ("ages", "ages and flushes"), None]
         ("check_10_3", helps, "Yes."),
         ("check_11_1", FlushPolicy.ALWAYS, "No: give a BitRule"),
         ("check_11_1", rule(lambda kind: False), "No: a write can be lost"),
-        ("check_11_1", rule(lambda kind: True), "No: it is sound, but 4 of its 8 kinds could be left out"),
+        ("check_11_1", rule(lambda kind: True), "No: your rule is sound, but 4 of its 8 kinds could be left out"),
         ("check_11_1", rule(lambda kind: kind.before & 1), "Yes."),
         ("check_11_2", twice_made(), "No: no write is missed; the nested guest's leaves"),
         ("check_11_2", lambda vm: vm.vcpu[0].read(0x200, l2=True), "No: your run must leave"),
         ("check_11_2", nested_loss, "Yes."),
         ("check_11_3", lambda vm: vm.set_user_memory_region(slot=1), "No: keep the three slots"),
         ("check_11_3", lambda vm: None, "No: no write is missed even if nothing is ever flushed"),
-        ("check_11_3", lambda vm: setattr(vm, "kernel", Kernel.v6_0), "No: that is another kernel"),
+        ("check_11_3", lambda vm: setattr(vm, "kernel", Kernel.v6_0), "No: your run has replaced the VM's kernel"),
         (
             "check_11_3",
             one_test([2]),
