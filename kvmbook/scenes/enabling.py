@@ -11,6 +11,7 @@ from kvmbook.model import (
     FlushRule,
     Hardware,
     Kernel,
+    Outcome,
     SpteFormat,
     TlbEntry,
     Vm,
@@ -28,10 +29,11 @@ TOUCHES = {"nobody": None, "vCPU 1 reads page 0": "read", "vCPU 1 writes page 0"
 
 @dataclass(frozen=True)
 class Moment:
-    """One column of a page's timeline: who did what, and how SPTE and TLB of the page look after it.
+    """One column of a page's timeline: who did what, and how the SPTE of page 0 and the TLB of vCPU 0 look after it.
 
-    ``spte`` and ``tlb`` are states in words (see `spte_state`), with the rights beside them; ``stale``: the TLB allows more
-    than the SPTE; ``flushed``: a TLB flush was part of it.
+    ``spte`` and ``tlb`` are states in words (see `spte_state`), with the rights beside them, "-" for a bit that is 0;
+    ``stale``: the TLB allows more than the SPTE; ``flushed``: a TLB flush was part of it; ``kvm``: what KVM did or saw;
+    ``answered``: of an access, where it was: "TLB", "SPTE" (a walk), or "KVM" (a fault).
     """
 
     actor: str
@@ -42,6 +44,8 @@ class Moment:
     tlb_rights: str
     stale: bool
     flushed: bool
+    kvm: str
+    answered: str
 
 
 @dataclass(frozen=True)
@@ -83,21 +87,63 @@ def is_stale(spte: str, tlb: str) -> bool:
     return tlb == "writable" and spte != "writable"
 
 
-def _moment(vm: Vm, actor: str, action: str, flushes_before: int) -> Moment:
-    fmt, spte, entry = vm.fmt, vm.spte(BASE_GFN), vm.vcpu[0].tlb.lookup("L1", BASE_GFN)
-    says, remembers = spte_state(fmt, spte), tlb_state(entry)
-    letters = "".join(c if on else "-" for c, on in zip("RWX", fmt.hardware_rights(spte), strict=True))
-    d = " D" if spte & fmt.spte_shadow_dirty_mask(spte) else ""
-    return Moment(
-        actor=actor,
-        action=action,
-        spte=says,
-        spte_rights=letters + d + (" MW" if fmt.is_mmu_writable_spte(spte) else ""),
-        tlb=remembers,
-        tlb_rights="" if entry is None else str(entry)[:3] + (" D" if entry.dirty and fmt.kvm_ad_enabled else ""),
-        stale=is_stale(says, remembers),
-        flushed=vm.counters.flushes > flushes_before,
-    )
+ANSWERED = {Outcome.HIT: "TLB", Outcome.WALK: "SPTE"}  # by whom; KVM answers all others
+
+
+class _Told:
+    """A run while it happens. Each method lets somebody do something, and notes how page 0 looks after it."""
+
+    def __init__(self, vm: Vm) -> None:
+        self.vm, self.moments, self.flushes = vm, list[Moment](), vm.counters.flushes
+
+    def then(self, actor: str, action: str, kvm: str, outcome: Outcome | None = None) -> None:
+        """Note a moment. ``outcome``: how the access went that it is about."""
+        vm, fmt = self.vm, self.vm.fmt
+        spte, entry = vm.spte(BASE_GFN), vm.vcpu[0].tlb.lookup("L1", BASE_GFN)
+        says, remembers = spte_state(fmt, spte), tlb_state(entry)
+        rights = "".join(c if on else "-" for c, on in zip("RWX", fmt.hardware_rights(spte), strict=True))
+        noted = {"A": fmt.spte_shadow_accessed_mask(spte), "D": fmt.spte_shadow_dirty_mask(spte)}
+        words = [rights, *(name if spte & mask else "-" for name, mask in noted.items() if mask)]
+        self.moments.append(
+            Moment(
+                actor=actor,
+                action=action,
+                spte=says,
+                spte_rights=" ".join([*words, *["MW"] * bool(fmt.is_mmu_writable_spte(spte))]),
+                tlb=remembers,
+                tlb_rights="" if entry is None else str(entry)[:3] + " D" * (entry.dirty and fmt.kvm_ad_enabled),
+                stale=is_stale(says, remembers),
+                flushed=vm.counters.flushes > self.flushes,
+                kvm=kvm,
+                answered="" if outcome is None else ANSWERED.get(outcome, "KVM"),
+            )
+        )
+        self.flushes = vm.counters.flushes
+
+    def ages(self, gfns: range) -> None:
+        """The host ages pages."""
+        self.vm.clear_young(gfns.start, gfns.stop)
+        self.then("host", "ages", "no flush")
+
+    def enables(self, gfns: range) -> int:
+        """User space enables logging of slot 0, which has these pages. Returns the flushes that this took."""
+        before = self.vm.counters.flushes
+        self.vm.set_user_memory_region(slot=0, base_gfn=gfns.start, npages=len(gfns), log_dirty_pages=True)
+        flushes = self.vm.counters.flushes - before
+        self.then("user space", "enables logging", "⟳ TLB flush" if flushes else "no flush")
+        return flushes
+
+    def writes_and_harvests(self, gfns: range) -> tuple[str, ...]:
+        """vCPU 0 writes all pages, then user space gets the dirty log. Returns the fate of each page."""
+        outcome, *_ = [self.vm.vcpu[0].write(gfn) for gfn in gfns]
+        lost = gfns.start in self.vm.missed_dirty(0)
+        seen = "✓ in the PML buffer" if outcome in ANSWERED else f"✓ {outcome}"
+        self.then("vCPU 0", "writes", "✕ sees nothing" if lost else seen, outcome)
+        report = self.vm.get_dirty_log(0)
+        self.then("user space", "harvests", "reports page 0" if report[0] else "reports nothing")
+        missed = set(self.vm.missed_dirty(0).tolist())
+        found = zip(gfns, report.tolist(), strict=True)
+        return tuple("missed" if gfn in missed else "reported" if bit else "untouched" for gfn, bit in found)
 
 
 def write_after_enabling(
@@ -111,54 +157,35 @@ def write_after_enabling(
     vm = Vm(HARDWARE[ad_bits], Kernel.v5_19.with_(flush=flush), vcpus=2)
     gfns = range(BASE_GFN, BASE_GFN + pages)
     vm.set_user_memory_region(slot=0, base_gfn=BASE_GFN, npages=pages)
-    moments = []
-
-    def then(actor: str, action: str, flushes_before: int) -> None:
-        moments.append(_moment(vm, actor, action, flushes_before))
-
-    for gfn in gfns:
-        vm.vcpu[0].read(gfn)
-    then("vCPU 0", "reads", 0)
-    vm.clear_young(gfns.start, gfns.stop)
-    then("host", "ages", 0)
+    told = _Told(vm)
+    first, *_ = [vm.vcpu[0].read(gfn) for gfn in gfns]
+    told.then("vCPU 0", "reads", str(first), first)
+    told.ages(gfns)
     if kind := TOUCHES[touched]:
-        vm.vcpu[1].complete(kind, BASE_GFN)
-        then("vCPU 1", f"{kind}s page 0", 0)
-    vm.set_user_memory_region(slot=0, base_gfn=BASE_GFN, npages=pages, log_dirty_pages=True)
-    then("user space", "enables logging", 0)
-    flushes = vm.counters.flushes
-    for gfn in gfns:
-        vm.vcpu[0].write(gfn)
-    then("vCPU 0", "writes", flushes)
-    report = vm.get_dirty_log(0)
-    then("user space", "harvests", flushes)
-    missed = set(vm.missed_dirty(0).tolist())
-    fates = ["missed" if gfn in missed else "reported" if report[gfn - BASE_GFN] else "untouched" for gfn in gfns]
-    return Scene(tuple(moments), tuple(fates), flushes)
+        outcome = vm.vcpu[1].complete(kind, BASE_GFN)
+        told.then("vCPU 1", f"{kind}s page 0", str(outcome), outcome)
+    flushes = told.enables(gfns)
+    fates = told.writes_and_harvests(gfns)
+    return Scene(tuple(told.moments), fates, flushes)
 
 
 def made_twice(flush: FlushRule = FlushPolicy.IF_CHANGED) -> Scene:
     """The second hole: with PML, two vCPUs fault on one page. The second makes the SPTE again over the first one's, and so
     leaves it W=1 with D=0, while vCPU 0's TLB says that D is set."""
     vm = Vm(HARDWARE["on, with PML"], Kernel.v5_19.with_(flush=flush), vcpus=2)
+    gfns = range(BASE_GFN, BASE_GFN + 1)
     vm.set_user_memory_region(slot=0, base_gfn=BASE_GFN, npages=1)
-    moments = []
-    for vcpu in vm.vcpu:
-        vcpu.attempt("read", BASE_GFN)
-    moments.append(_moment(vm, "both vCPUs", "fault", 0))
+    told = _Told(vm)
+    outcome, _ = [vcpu.attempt("read", BASE_GFN) for vcpu in vm.vcpu]
+    told.then("both vCPUs", "read", str(outcome), outcome)
     vm.run(vm.vcpu[0].fault)
     vm.vcpu[0].read(BASE_GFN)
-    moments.append(_moment(vm, "KVM for vCPU 0", "maps", 0))
+    told.then("KVM for vCPU 0", "maps", "maps page 0")
     vm.run(vm.vcpu[1].fault)
-    moments.append(_moment(vm, "KVM for vCPU 1", "maps again", 0))
-    vm.set_user_memory_region(slot=0, base_gfn=BASE_GFN, npages=1, log_dirty_pages=True)
-    moments.append(_moment(vm, "user space", "enables logging", 0))
-    flushes = vm.counters.flushes
-    vm.vcpu[0].write(BASE_GFN)
-    moments.append(_moment(vm, "vCPU 0", "writes", flushes))
-    report = vm.get_dirty_log(0)
-    moments.append(_moment(vm, "user space", "harvests", flushes))
-    return Scene(tuple(moments), ("reported" if report[0] else "missed",), flushes)
+    told.then("KVM for vCPU 1", "maps again", "maps page 0, over it")
+    flushes = told.enables(gfns)
+    fates = told.writes_and_harvests(gfns)
+    return Scene(tuple(told.moments), fates, flushes)
 
 
 def missed_against_aged(flush: FlushRule, aged: int, pages: int = 64, ad_bits: str = "off") -> int:

@@ -113,19 +113,21 @@ def now_of(vm: Vm) -> Now:
     return _now(pages, faults, name, todo, getattr(operation, "flush", False), slot.logs_dirty, bool(vm.watched))
 
 
+ANSWERS = {"TLB": "its TLB lets it pass", "SPTE": "a walk", "KVM": "a fault"}  # who answers an access, in words
+
 # ---- one run ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class RunMoment:
     """One step of a run and how all looks after it. ``note``: what the model's log says came of it; ``flushed``: all TLBs;
-    ``hit``: a guest's access that its TLB let pass without a walk."""
+    ``answered``: of a guest's access, where it was: "TLB", "SPTE" (a walk), or "KVM" (a fault)."""
 
     action: Action
     now: Now
     note: str
     flushed: bool
-    hit: bool
+    answered: str
 
 
 @dataclass(frozen=True)
@@ -142,30 +144,36 @@ class Run:
 
     def told(self) -> str:
         """The run in one line: each step, and what it changed."""
+        return "; ".join(self.steps())
+
+    def steps(self) -> list[str]:
+        """The same, step by step."""
         said, before = [], self.start
         for number, moment in enumerate(self.moments, 1):
-            changes = ["all TLBs flushed"] * moment.flushed
+            changes = [ANSWERS[moment.answered]] if moment.answered else []
+            changes += ["all TLBs flushed"] * moment.flushed
             for old, new in zip(before.pages, moment.now.pages, strict=True):
                 changes += [f"SPTE {new.spte}"] * (old.spte != new.spte)
                 for v, tlb in enumerate(zip(new.tlb, new.stale, strict=True)):
                     changes += [f"TLB of vCPU{v} {'stale, ' * tlb[1]}{tlb[0]}"] * (tlb != (old.tlb[v], old.stale[v]))
-                changes += [f"bit {new.bit}"] * (old.bit != new.bit) + ["the write is lost"] * (
-                    new.lost and not old.lost
-                )
+                changes += [f"bit {new.bit}"] * (old.bit != new.bit)
+                changes += ["the write is lost"] * (new.lost and not old.lost)
             said.append(f"{number}. {label(moment.action)}" + f" ({', '.join(changes)})" * bool(changes))
             before = moment.now
-        return "; ".join(said)
+        return said
 
 
 def retell(vm: Vm, trace: Iterable[Action], grain: Grain = Grain.STEP) -> Run:
     """Do the steps of ``trace`` on ``vm`` and say how it looks after each."""
     start, moments = now_of(vm), []
     for action in trace:
-        flushes, hits, walks = vm.counters.flushes, vm.counters.hits, vm.counters.walks
+        flushes, hits, exits = vm.counters.flushes, vm.counters.hits, vm.counters.exits
         events = act(vm, action, grain)
         note = "; ".join(event.note for event in events if event.note)
-        hit = vm.counters.hits > hits and vm.counters.walks == walks
-        moments.append(RunMoment(action, now_of(vm), note, vm.counters.flushes > flushes, hit))
+        answered = ""
+        if action.what in ("reads", "writes"):
+            answered = "KVM" if vm.counters.exits > exits else "TLB" if vm.counters.hits > hits else "SPTE"
+        moments.append(RunMoment(action, now_of(vm), note, vm.counters.flushes > flushes, answered))
     return Run(start, tuple(moments))
 
 

@@ -1,11 +1,13 @@
 """What is shown: pictures, panels, the SPTE inspector, the scheduler, quizzes, and their JavaScript.
 
-The only wing that imports matplotlib or a widget library. `figures`, `word_figures`, `run_figures` draw; `panel` is the
+The only wing that imports matplotlib or a widget library. `drawing` is what pictures are made with; `figures`,
+`word_figures`, `run_figures` draw; `results` shows rows and columns. `widget` is what all widgets are, `panel` the
 mechanism of all panels; each panel has a room. For notebooks and exercises.
 """
 
+from kvmbook.views.drawing import Picture
 from kvmbook.views.enabling_panels import lose_a_write, who_flushes_where
-from kvmbook.views.figures import Picture, plot_missed, plot_rules, timeline_picture
+from kvmbook.views.figures import plot_missed, plot_rules, timeline_picture
 from kvmbook.views.inspector import (
     PATTERNS,
     SPECIAL,
@@ -16,8 +18,9 @@ from kvmbook.views.inspector import (
     parse,
     spte_inspector,
 )
-from kvmbook.views.panel import Panel, View, search_progress
+from kvmbook.views.panel import Again, Panel, View, search_progress, step_through
 from kvmbook.views.quiz import Quiz
+from kvmbook.views.results import Table
 from kvmbook.views.rules_panel import write_the_rule
 from kvmbook.views.run_figures import LOSS, page_graph_picture, trace_picture
 from kvmbook.views.scheduler import SchedulerPanel, rows_of, you_are_the_scheduler

@@ -11,9 +11,9 @@ POLICIES = {policy.value: policy for policy in FlushPolicy}
 
 
 def lose_a_write() -> Panel:
-    """Chapter 01: the seed's scene, with the reader's hand on the hardware, the flush policy and a second vCPU."""
+    """Chapter 01: the seed's scene, with the reader's hand on the flush rule, the hardware and a second vCPU."""
 
-    def show(ad_bits: str, flush: str, touched: str) -> View:
+    def show(flush: str, ad_bits: str, touched: str) -> View:
         scenes = {name: write_after_enabling(ad_bits, policy, touched) for name, policy in POLICIES.items()}
         scene = scenes[flush]
         picture = scene_picture(scene, {name: other.missed for name, other in scenes.items()}, flush)
@@ -25,11 +25,11 @@ def lose_a_write() -> Panel:
         return View(picture, said)
 
     settings = {
+        "flush rule": ["if changed", "always", "if MMU-writable", "never"],
         "A/D bits": list(HARDWARE),
-        "flush when enabling": ["if changed", "never", "if MMU-writable", "always"],
         "touched again before enabling": list(TOUCHES),
     }
-    return Panel("Lose a write", settings, show)
+    return Panel("Lose a write", settings, show, unlock=["A/D bits", "touched again before enabling"])
 
 
 def who_flushes_where() -> Panel:
@@ -55,4 +55,4 @@ def who_flushes_where() -> Panel:
         "INITIALLY_SET": ["off", "on"],
         "nested guest": ["none", "has run"],
     }
-    return Panel("Who flushes where", settings, show)
+    return Panel("Who flushes where", settings, show, unlock=["logging", "INITIALLY_SET", "nested guest"])

@@ -1,119 +1,100 @@
-"""Deterministic pictures: SVG strings that notebooks compare, and matplotlib figures of counts.
-
-One look for the whole book. A state has the same colour *and* the same mark everywhere, so that greyscale and the
-colour-blind lose nothing. Text takes the page's own colour, so that light and dark pages both work.
-"""
+"""Pictures of scenes: a page's timeline, the fate of all pages, a plan of steps; and matplotlib figures of counts."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from kvmbook.scenes import Moment, Scene
+from kvmbook.views.drawing import INK, LOOK, LOST, Picture, block, box, svg, text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# state: (fill, mark of a page). Colours after Okabe and Ito, which all kinds of eyes tell apart; a state in a timeline
-# is also named in words.
-LOOK = {
-    "writable": ("#56b4e9", ""),
-    "clean": ("#a8d8f0", ""),
-    "write-protected": ("#e69f00", ""),
-    "access-tracked": ("#cc79a7", ""),
-    "read-only": ("#bdbdbd", ""),
-    "not mapped": ("none", ""),
-    "empty": ("none", ""),
-    "reported": ("#4dbb9a", "✓"),
-    "missed": ("#e8772e", "✕"),
-    "untouched": ("none", "·"),
-}
-INK = "#1a1a1a"  # on coloured cells
-LOST = "#d55e00"
-DARK = (
-    "<style>@media (prefers-color-scheme: dark) { svg:root { color: #ddd } }</style>"  # shown as a document of its own
-)
-FONT = 'font-family="system-ui, sans-serif" font-size="14" text-anchor="middle" fill="currentColor"'
-
-
-def text(x: float, y: float, said: str, *, size: int = 14, anchor: str = "", bold: bool = False, fill: str = "") -> str:
-    """One line of SVG text; centred at x unless ``anchor`` says otherwise, in the page's own text colour without ``fill``."""
-    style = (f' font-size="{size}"' * (size != 14)) + (f' text-anchor="{anchor}"' * bool(anchor))
-    style += ' font-weight="bold"' * bold + (f' fill="{fill}"' * bool(fill))
-    return f'<text x="{x:g}" y="{y:g}"{style}>{escape(said)}</text>'
-
-
-def box(
-    x: float, y: float, width: float, height: float, fill: str, *, stroke: str = "currentColor", extra: str = ""
-) -> str:
-    """One rounded rectangle."""
-    return f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="4" fill="{fill}" stroke="{stroke}"{extra}/>'
-
-
-def svg(width: float, height: float, alt: str, parts: Sequence[str]) -> str:
-    """A whole picture with its text alternative."""
-    size = f'viewBox="0 0 {width:g} {height:g}"'
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" {FONT}>'
-    return "\n".join([head, f"<title>{escape(alt)}</title>", DARK, *parts, "</svg>"])
-
-
-class Picture:
-    """An SVG string that JupyterLab shows as a picture, and whose ``repr`` is its text alternative."""
-
-    def __init__(self, drawn: str, alt: str) -> None:
-        self.svg, self.alt = drawn, alt
-
-    def _repr_svg_(self) -> str:
-        return self.svg
-
-    def __repr__(self) -> str:
-        return self.alt
-
-
 # ---- a page's timeline -----------------------------------------------------------------------------------------------
 
-COLUMN, LEFT = 134, 66
+COLUMN, LEFT = 150, 76
+TLB_AT, SPTE_AT, KVM_AT, BELOW = 44, 94, 156, 168  # down from the top of a timeline: two cells, what KVM sees, its end
+SIZE = 15
+A_ROW = 2  # moments beside each other in the narrow form
 
 
-def _cell(x: float, y: float, state: str, rights: str, stale: bool) -> list[str]:
-    fill = LOOK[state][0]
-    dashed = ' stroke-width="3" stroke-dasharray="6 3"' if stale else ' stroke-width="1"'
+def _cell(y: float, state: str, rights: str, stale: bool, changed: bool) -> str:
+    """The SPTE or the TLB entry: its state in words, and its bits. A broken frame: stale; a thick one: changed."""
+    fill, middle = LOOK[state][0], COLUMN / 2 + 5
+    frame = ' stroke-width="3"' + ' stroke-dasharray="6 3"' * stale if stale or changed else ' stroke-width="1"'
+    parts = [box(12, y, COLUMN - 14, 42, fill, stroke=LOST if stale else "currentColor", extra=frame)]
     ink = INK if fill != "none" else ""
-    parts = [box(x + 4, y, COLUMN - 8, 46, fill, stroke=LOST if stale else "currentColor", extra=dashed)]
     if state in ("empty", "not mapped"):
-        return [*parts, text(x + COLUMN / 2, y + 28, state)]
-    label = "stale, " + state if stale else state
+        parts.append(text(middle, y + 26, state, size=SIZE))
+    else:
+        parts.append(text(middle, y + 18, "stale, " * stale + state, size=SIZE, bold=changed or stale, fill=ink))
+        parts.append(text(middle, y + 36, rights, size=SIZE, fill=ink))
+    return block(parts, look="" if changed else "same")
+
+
+def _arrow(answered: str) -> list[str]:
+    """How far down an access had to go."""
+    end = {"TLB": TLB_AT + 21, "SPTE": SPTE_AT + 21, "KVM": KVM_AT - 5}[answered]
+    return [f'<path d="M5 {TLB_AT - 4}V{end}h6m-5 -5l5 5l-5 5" stroke="currentColor" stroke-width="2" fill="none"/>']
+
+
+def _moment(moment: Moment, before: Moment | None) -> list[str]:
+    """One column: who does what, the TLB entry, the SPTE, KVM, and where an access was answered."""
+    tlb, spte = (moment.tlb, moment.tlb_rights, moment.stale), (moment.spte, moment.spte_rights)
+    lost = moment.kvm.startswith("✕")
     return [
-        *parts,
-        text(x + COLUMN / 2, y + 19, label, size=13, bold=True, fill=ink),
-        text(x + COLUMN / 2, y + 37, rights, size=13, fill=ink),
+        text(COLUMN / 2 + 5, 16, moment.actor, size=SIZE),
+        text(COLUMN / 2 + 5, 35, moment.action, size=SIZE, bold=True),
+        *(_arrow(moment.answered) if moment.answered else []),
+        _cell(TLB_AT, *tlb, before is None or tlb[:2] != (before.tlb, before.tlb_rights)),
+        _cell(SPTE_AT, *spte, False, before is None or spte != (before.spte, before.spte_rights)),
+        text(COLUMN / 2 + 5, KVM_AT, moment.kvm, size=SIZE, bold=lost or moment.flushed, fill=LOST if lost else ""),
     ]
 
 
-def timeline_parts(moments: Sequence[Moment], fate: str, top: float = 0) -> list[str]:
-    """The SPTE and the TLB of one page after each moment, side by side, and where its write was lost."""
-    parts = [
-        text(LEFT - 8, top + 76, "SPTE", anchor="end", bold=True),
-        text(LEFT - 8, top + 132, "TLB", anchor="end", bold=True),
-    ]
-    for number, moment in enumerate(moments):
-        x = LEFT + number * COLUMN
-        parts += [
-            text(x + COLUMN / 2, top + 16, moment.actor, size=13),
-            text(x + COLUMN / 2, top + 34, moment.action, bold=True),
-        ]
-        parts += _cell(x, top + 46, moment.spte, moment.spte_rights, False)
-        parts += _cell(x, top + 102, moment.tlb, moment.tlb_rights, moment.stale)
-        if moment.flushed:
-            parts.append(text(x + COLUMN / 2, top + 168, "⟳ TLB flush", size=13, bold=True))
-        elif moment.action == "enables logging":
-            parts.append(text(x + COLUMN / 2, top + 168, "no flush", size=13))
-        if moment.action == "writes":
-            lost = fate == "missed"
-            said = "✕ nobody sees it" if lost else "✓ seen"
-            parts.append(text(x + COLUMN / 2, top + 168, said, bold=True, fill=LOST if lost else ""))
+def _row_names(top: float, look: str = "") -> str:
+    """What the rows of a timeline are."""
+    names = (("TLB of", TLB_AT + 18), ("vCPU 0", TLB_AT + 36), ("SPTE of", SPTE_AT + 18), ("page 0", SPTE_AT + 36))
+    parts = [text(LEFT - 2, y, said, size=SIZE, anchor="end", bold=True) for said, y in (*names, ("KVM", KVM_AT))]
+    return block(parts, (0, top), (0, top), look=look)
+
+
+def timeline_parts(moments: Sequence[Moment]) -> list[str]:
+    """The TLB entry and the SPTE of one page after each moment, side by side; in the narrow form two in a row."""
+    parts = [_row_names(0)]
+    parts += [_row_names(row * BELOW, "narrow") for row in range(1, -(-len(moments) // A_ROW))]
+    for number, (before, moment) in enumerate(pairwise([None, *moments])):
+        assert moment is not None
+        at, narrow = number * COLUMN, (number % A_ROW * COLUMN, number // A_ROW * BELOW)
+        parts.append(block(_moment(moment, before), (LEFT + at, 0), (LEFT + narrow[0], narrow[1]), number))
     return parts
+
+
+def narrow_size(moments: Sequence[Moment]) -> tuple[float, float]:
+    """The size of a timeline's narrow form."""
+    return LEFT + A_ROW * COLUMN + 6, -(-len(moments) // A_ROW) * BELOW
+
+
+def sentences(moments: Sequence[Moment]) -> list[str]:
+    """A timeline in words, one sentence a moment."""
+    passes = {"TLB": "The TLB lets it pass", "SPTE": "The CPU walks, and the SPTE lets it pass", "KVM": "It faults"}
+    said = []
+    for m in moments:
+        kvm = m.kvm.lstrip("✓✕⟳ ")
+        told = f". {passes[m.answered]}; KVM: {kvm}." if m.answered else f": {kvm}."
+        said.append(f"{m.actor} {m.action}{told} TLB: {'stale, ' * m.stale}{m.tlb}. SPTE: {m.spte}.")
+    return said
+
+
+def timeline_picture(scene: Scene) -> Picture:
+    """Page 0's timeline alone, up to the write."""
+    moments = scene.moments[:-1]
+    told = sentences(moments)
+    alt = f"Page 0, {scene.pages[0]}. {' '.join(told)}"
+    width = LEFT + len(moments) * COLUMN + 8
+    return Picture(svg(width, BELOW, alt, timeline_parts(moments), narrow_size(moments)), alt, told)
 
 
 def pages_parts(fates: Sequence[str], left: float, top: float, per_row: int = 8) -> list[str]:
@@ -133,50 +114,29 @@ def bars_parts(counts: Mapping[str, int], chosen: str, most: int, left: float, t
     """A bar for each count, the chosen one framed."""
     parts = []
     for number, (label, count) in enumerate(counts.items()):
-        y = top + number * 30
-        parts.append(text(left - 8, y + 17, label, anchor="end", bold=label == chosen))
-        extra = ' stroke-width="3"' if label == chosen else ' stroke-width="1"'
-        parts.append(
-            box(
-                left,
-                y,
-                max(2, 200 * count / most),
-                22,
-                LOOK["missed"][0] if count else LOOK["reported"][0],
-                extra=extra,
-            )
-        )
-        parts.append(text(left + max(2, 200 * count / most) + 10, y + 17, str(count), anchor="start", bold=True))
+        y, wide = top + number * 26, max(2, 170 * count / most)
+        fill = LOOK["missed" if count else "reported"][0]
+        parts.append(text(left - 8, y + 16, label, size=SIZE, anchor="end", bold=label == chosen))
+        parts.append(box(left, y, wide, 20, fill, extra=f' stroke-width="{3 if label == chosen else 1}"'))
+        parts.append(text(left + wide + 10, y + 16, str(count), size=SIZE, anchor="start", bold=True))
     return parts
 
 
-def told(moments: Sequence[Moment]) -> str:
-    """A timeline in words: the text alternative."""
-    return "; ".join(f"{m.actor} {m.action}: SPTE {m.spte}, TLB {'stale, ' if m.stale else ''}{m.tlb}" for m in moments)
-
-
-def timeline_picture(scene: Scene) -> Picture:
-    """Page 0's timeline alone, up to the write."""
-    moments = scene.moments[:-1]
-    alt = f"Page 0, {scene.pages[0]}. {told(moments)}"
-    return Picture(svg(LEFT + len(moments) * COLUMN + 8, 186, alt, timeline_parts(moments, scene.pages[0])), alt)
-
-
 def scene_picture(scene: Scene, counts: Mapping[str, int], chosen: str) -> Picture:
-    """A scene: page 0's timeline, the fate of each page, and the missed writes under every flush policy (``counts``)."""
-    columns = max(6, len(scene.moments))
-    width, pages = LEFT + columns * COLUMN + 8, len(scene.pages)
-    parts = timeline_parts(scene.moments, scene.pages[0])
-    parts += [text(LEFT + 4, 210, f"all {pages} pages of the slot, after the harvest", anchor="start", bold=True)]
-    parts += pages_parts(scene.pages, LEFT + 4, 222)
-    parts += [
-        text(LEFT + 4, 314, "✓ reported", anchor="start"),
-        text(LEFT + 104, 314, "✕ written, and missed", anchor="start"),
-    ]
-    parts += [text(LEFT + 400, 210, "missed writes, by flush policy", anchor="start", bold=True)]
-    parts += bars_parts(counts, chosen, pages, LEFT + 530, 222)
-    alt = f"{scene.missed} of {pages} writes missed. Page 0: {told(scene.moments)}"
-    return Picture(svg(width, 350, alt, parts), alt)
+    """A scene: page 0's timeline, the fate of each page, and the missed writes under every flush rule (``counts``)."""
+    last, pages = len(scene.moments) - 1, len(scene.pages)
+    fates = [text(4, 16, f"all {pages} pages, after the harvest", size=SIZE, anchor="start", bold=True)]
+    fates += [*pages_parts(scene.pages, 4, 28), text(4, 116, "✓ reported   ✕ missed", size=SIZE, anchor="start")]
+    bars = [text(4, 16, "missed writes, by flush rule", size=SIZE, anchor="start", bold=True)]
+    bars += bars_parts(counts, chosen, pages, 140, 28)
+    narrow, deep = narrow_size(scene.moments)
+    parts = timeline_parts(scene.moments)
+    parts.append(block(fates, (LEFT, BELOW + 12), (0, deep + 12), last))
+    parts.append(block(bars, (LEFT + 3 * COLUMN, BELOW + 12), (0, deep + 150), last))
+    told = sentences(scene.moments)
+    alt = f"{scene.missed} of {pages} writes missed. Page 0: {' '.join(told)}"
+    size = LEFT + 6 * COLUMN + 8, BELOW + 142
+    return Picture(svg(*size, alt, parts, (narrow, deep + 284)), alt, told)
 
 
 # ---- a plan ----------------------------------------------------------------------------------------------------------
@@ -184,7 +144,7 @@ def scene_picture(scene: Scene, counts: Mapping[str, int], chosen: str) -> Pictu
 STEP_SAYS = {
     "kvm_mmu_update_cpu_dirty_logging": "switch PML on or off in every vCPU",
     "zap_collapsible_rmap_sptes": "drop 4K SPTEs that could be huge again",
-    "zap_collapsible_tdp_sptes": "cut off tables that could be huge pages again, flush",
+    "zap_collapsible_tdp_sptes": "drop tables where a huge page fits, and flush",
     "split_huge_rmap_sptes": "split huge pages of nested guests to 4K",
     "split_huge_tdp_sptes": "split huge pages to 4K",
     "clear_dirty_rmap": "clear D (or W) of 4K SPTEs, rmap side",
@@ -196,30 +156,34 @@ STEP_SAYS = {
 }
 
 
-def plan_parts(plan: Sequence[str], left: float, title: str) -> list[str]:
+STEP_WIDTH, STEP = 400, 62
+
+
+def plan_parts(plan: Sequence[str], title: str) -> list[str]:
     """The steps of one plan, from top to bottom, flushes framed."""
-    parts = [text(left + 210, 20, title, bold=True, size=15)]
+    middle = STEP_WIDTH / 2
+    parts = [text(middle, 20, title, bold=True, size=16)]
     for number, name in enumerate(plan or ["(nothing)"]):
-        y, flush = 34 + number * 62, name.startswith("flush")
-        always = name == "flush_always"
-        fill = LOOK["reported"][0] if always else LOOK["missed"][0] if flush else "none"
-        parts.append(box(left, y, 420, 46, fill, extra=' stroke-width="2"' if flush else ""))
+        y, flush = 32 + number * STEP, name.startswith("flush")
+        fill = LOOK["reported" if name == "flush_always" else "missed"][0] if flush else "none"
+        parts.append(box(0, y, STEP_WIDTH, 46, fill, extra=' stroke-width="2"' if flush else ""))
         ink = INK if flush else ""
-        parts.append(text(left + 210, y + 19, name, bold=True, size=14, fill=ink))
-        parts.append(
-            text(left + 210, y + 37, STEP_SAYS.get(name, "no page is touched, no TLB is flushed"), size=13, fill=ink)
-        )
+        parts.append(text(middle, y + 19, name, bold=True, size=SIZE, fill=ink))
+        says = STEP_SAYS.get(name, "no page is touched, no TLB is flushed")
+        parts.append(text(middle, y + 38, says, size=SIZE, fill=ink))
         if number + 1 < len(plan):
-            parts.append(text(left + 210, y + 59, "↓", size=13))
+            parts.append(text(middle, y + 59, "↓"))
     return parts
 
 
 def plans_picture(before: Sequence[str], after: Sequence[str]) -> Picture:
-    """The decision tree's path before the patch and after it, side by side."""
+    """The decision tree's path before the patch and after it, side by side; in the narrow form above each other."""
     alt = f"v5.19: {', '.join(before) or 'nothing'}. v6.0: {', '.join(after) or 'nothing'}"
-    parts = plan_parts(before, 8, "v5.19") + plan_parts(after, 452, "v6.0, with b64d740ea7dd")
-    height = 40 + 62 * max(len(before), len(after), 1)
-    return Picture(svg(880, height, alt, parts), alt)
+    high = [20 + STEP * max(len(plan), 1) for plan in (before, after)]
+    parts = [block(plan_parts(before, "v5.19"), (4, 0), (4, 0))]
+    parts.append(block(plan_parts(after, "v6.0, with b64d740ea7dd"), (STEP_WIDTH + 34, 0), (4, high[0] + 20)))
+    narrow = STEP_WIDTH + 8, sum(high) + 24
+    return Picture(svg(2 * STEP_WIDTH + 38, max(high) + 4, alt, parts, narrow), alt)
 
 
 # ---- counts, by matplotlib -------------------------------------------------------------------------------------------
@@ -233,7 +197,7 @@ POLICY_LINES: dict[str, dict[str, Any]] = {
 
 
 def plot_missed(ax: Axes, xs: Sequence[int], missed: Mapping[str, Sequence[int]], xlabel: str) -> None:
-    """Draw missed writes, one line a flush policy."""
+    """Draw missed writes, one line a flush rule."""
     every = max(1, len(xs) // 8)
     for policy, counts in missed.items():
         ax.plot(
@@ -249,7 +213,7 @@ def plot_missed(ax: Axes, xs: Sequence[int], missed: Mapping[str, Sequence[int]]
     ax.set_ylabel("missed writes", fontsize=14)
     ax.tick_params(labelsize=13)
     ax.grid(alpha=0.3)
-    ax.legend(title="flush when enabling", fontsize=12, title_fontsize=12)
+    ax.legend(title="flush rule", fontsize=12, title_fontsize=12)
 
 
 def plot_rules(
@@ -258,7 +222,7 @@ def plot_rules(
     """Draw what flush rules cost: (flushes, writes missed, sound) of each, and the names of a few."""
     for sound, mark, said in ((False, "x", "unsound"), (True, "o", "sound")):
         here = [(flushes, missed) for flushes, missed, is_sound in points if is_sound is sound]
-        colour = LOOK["reported"][0] if sound else LOST
+        colour = LOOK["reported"][0] if sound else LOOK["missed"][0]
         face: dict[str, Any] = {"facecolors": "none", "edgecolors": colour} if sound else {"color": colour}
         xs, ys = [flushes for flushes, _ in here], [missed for _, missed in here]
         ax.scatter(xs, ys, s=180 if sound else 90, marker=mark, label=said, linewidths=3, zorder=2, **face)

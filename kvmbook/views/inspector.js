@@ -227,7 +227,7 @@ function render({ model, el }) {
     chip.textContent = state;
     const fill = looks[state] === "none" ? "transparent" : looks[state];
     Object.assign(chip.style, { background: fill, color: fill === "transparent" ? "inherit" : ink });
-    if (readout.textContent !== said) readout.textContent = said;
+    readout.say(said);
     drawHelpers(answers);
     back.disabled = !model.get("steps").length;
     el.dataset.word = word;
@@ -236,7 +236,7 @@ function render({ model, el }) {
   el.classList.add("kvmbook-panel", "kvmbook-inspector");
   el.append(
     element("p", { class: "kvmbook-title" }, model.get("title")),
-    element("div", { class: "kvmbook-controls" }, formats), grid, legend, line, making, doing, readout, helpers,
+    element("div", { class: "kvmbook-controls" }, formats), grid, legend, line, making, doing, readout.el, helpers,
   );
   model.on("change:word change:format change:steps", drawSoon);
   draw();

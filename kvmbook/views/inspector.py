@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import anywidget
 import traitlets
 
 from kvmbook.model import (
@@ -45,9 +44,10 @@ from kvmbook.scenes import (
     operation_does,
     spte_state,
 )
-from kvmbook.views.figures import INK, LOOK, LOST
+from kvmbook.views.drawing import INK, LOOK, LOST, Picture, framed
 from kvmbook.views.scripts import script, style
-from kvmbook.views.word_figures import KINDS
+from kvmbook.views.widget import Widget
+from kvmbook.views.word_figures import KINDS, words_picture
 
 PATTERNS = string.digits + string.ascii_letters  # one letter says which answer a pattern gets
 SAMPLE = 1600  # words that are asked to find the bits that matter
@@ -194,7 +194,7 @@ def parse(said: str | int) -> int:
     return int(said)
 
 
-class SpteInspector(anywidget.AnyWidget):
+class SpteInspector(Widget):
     """64 bits to click, and what the model says about the word that they make.
 
     ``word``: 16 hexadecimal digits; ``format``: a key of `LEAVES`; ``steps``: what was done, oldest first, each as
@@ -321,6 +321,10 @@ class SpteInspector(anywidget.AnyWidget):
         key, before, _ = self.steps[-1] if self.steps else ("", "", "")
         done = decide(self._table["operations"][key], int(before, 16))[1] if key else ""
         return " ".join(filter(None, [done, *_sentences(self._table, self.spte)]))
+
+    def still(self) -> Picture:
+        picture = words_picture(LEAVES[self.format].fmt, {"the word": self.spte})
+        return framed(f"{self.title}. {picture.alt} {self.readout}", self.title, [self.format], self.readout, picture)
 
     def __repr__(self) -> str:
         yes = [name for name, answer in self.answers.items() if answer == "yes"]

@@ -1,4 +1,4 @@
-"""Panels: a pure function of a few settings, and a view that shows its result at a click.
+"""Panels: a pure function of a few settings, and a view that shows its result at a click, and a run moment by moment.
 
 A `Panel` carries the result of each combination of its settings, so it works with a kernel (JupyterLab) and without one
 (the built pages, the slides). A panel of the book is one function that returns a `View`, and the lists of its options.
@@ -12,13 +12,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import anywidget
 import ipywidgets as widgets
 import traitlets
 from IPython.display import display
 
-from kvmbook.views.figures import Picture
+from kvmbook.views.drawing import Picture, framed
 from kvmbook.views.scripts import script, style
+from kvmbook.views.widget import Widget
+
+WHOLE = -1  # no moment: the whole run
 
 
 class View(NamedTuple):
@@ -28,23 +30,32 @@ class View(NamedTuple):
     readout: str
 
 
-class Panel(anywidget.AnyWidget):
-    """Radio groups over a picture and a sentence.
+class Panel(Widget):
+    """Radio groups over a picture and a sentence. If the picture tells a run, it can be stepped through.
 
     ``settings`` maps each setting's name to its options, the first chosen; ``show`` takes one option of each, in that
     order, and returns a `View`. ``carry=False`` leaves combinations to be computed when they are chosen, which needs a
-    kernel. Raises ValueError for a setting without options, with one twice, or with " | " in one.
+    kernel. ``unlock`` names settings that a reader does not see at first: the text brings them in, one after the other,
+    with `unlock`; a button shows them all. Raises ValueError for a setting without options, with one twice, or with " | "
+    in one, and for a name in ``unlock`` that is none of the settings.
     """
 
     _esm = script("panel")
     _css = style()
     title = traitlets.Unicode().tag(sync=True)
     settings: Any = traitlets.List().tag(sync=True)
+    locked: Any = traitlets.List(traitlets.Unicode()).tag(sync=True)
     chosen = traitlets.Dict().tag(sync=True)
+    moment = traitlets.Int(WHOLE).tag(sync=True)
     states = traitlets.Dict().tag(sync=True)
 
     def __init__(
-        self, title: str, settings: Mapping[str, Sequence[str]], show: Callable[..., View], carry: bool = True
+        self,
+        title: str,
+        settings: Mapping[str, Sequence[str]],
+        show: Callable[..., View],
+        carry: bool = True,
+        unlock: Sequence[str] = (),
     ) -> None:
         for options in settings.values():
             if not options or len(set(options)) < len(options) or any(" | " in option for option in options):
@@ -54,6 +65,7 @@ class Panel(anywidget.AnyWidget):
         super().__init__(
             title=title,
             settings=[{"name": name, "options": options} for name, options in self._options.items()],
+            locked=self._known(unlock),
             chosen={name: options[0] for name, options in self._options.items()},
             states={" | ".join(c): self._state(c) for c in self.combinations()} if carry else {},
         )
@@ -76,27 +88,83 @@ class Panel(anywidget.AnyWidget):
         self.chosen = chosen
         return self.readout
 
+    def step(self, moment: int) -> str:
+        """Go to a moment of the run, from 0, or back to the whole run (-1); return the sentence. ValueError if the picture
+        has no such moment."""
+        if not WHOLE <= moment < len(self.moments):
+            raise ValueError(f"the run has moments 0 to {len(self.moments) - 1}; got {moment}")
+        self.moment = moment
+        return self.readout
+
+    def unlock(self, *names: str) -> Again:
+        """The same panel again, where the text has come to these settings. ValueError for a name that is none."""
+        return Again(panel=self, opens=self._known(names))
+
+    @property
+    def moments(self) -> list[str]:
+        """A sentence for each moment of the run that is shown; empty if there is no run."""
+        return list(self._chosen_state.get("moments", []))
+
     @property
     def readout(self) -> str:
-        """The sentence for what is chosen."""
-        sentence: str = self.states[self._key(self.chosen)]["readout"]
+        """The sentence for what is chosen: of the moment, if one is shown."""
+        if 0 <= self.moment and self.moments:
+            return self.moments[min(self.moment, len(self.moments) - 1)]
+        sentence: str = self._chosen_state["readout"]
         return sentence
+
+    @property
+    def _chosen_state(self) -> dict[str, Any]:
+        state: dict[str, Any] = self.states[self._key(self.chosen)]
+        return state
+
+    def _known(self, names: Sequence[str]) -> list[str]:
+        if unknown := [name for name in names if name not in self._options]:
+            raise ValueError(f"the settings are {', '.join(self._options)}; got {', '.join(unknown)}")
+        return list(names)
 
     def _key(self, chosen: Mapping[str, str]) -> str:
         return " | ".join(chosen[name] for name in self._options)
 
-    def _state(self, combination: Sequence[str]) -> dict[str, str]:
+    def _state(self, combination: Sequence[str]) -> dict[str, Any]:
         view = self._show(*combination)
-        return {"svg": view.picture.svg, "readout": view.readout}
+        moments = {"moments": list(view.picture.moments)} if view.picture.moments else {}
+        return {"svg": view.picture.svg, "readout": view.readout, **moments}
 
     def _compute_missing(self, chosen: Mapping[str, str]) -> None:
         if (key := self._key(chosen)) not in self.states:
             self.states = {**self.states, key: self._state([chosen[name] for name in self._options])}
 
+    def still(self) -> Picture:
+        first = {name: options[0] for name, options in self._options.items()}
+        said = " · ".join(f"{name}: {option}" for name, option in first.items())
+        view = self._show(*first.values())
+        return framed(f"{self.title}. {said}. {view.readout}", self.title, [said], view.readout, view.picture)
+
     def __repr__(self) -> str:
-        return (
-            f"{self.title} [{', '.join(f'{name}: {option}' for name, option in self.chosen.items())}]\n{self.readout}"
-        )
+        settings = ", ".join(f"{name}: {option}" for name, option in self.chosen.items())
+        return f"{self.title} [{settings}]\n{self.readout}" if settings else f"{self.title}\n{self.readout}"
+
+
+class Again(Widget):
+    """A panel once more, further down in the text: what is chosen in one place is chosen in both. ``opens``: settings of
+    the panel that are shown from here on."""
+
+    _esm = script("panel")
+    _css = style()
+    panel = traitlets.Instance(Panel).tag(sync=True, **widgets.widget_serialization)
+    opens: Any = traitlets.List(traitlets.Unicode()).tag(sync=True)
+
+    def still(self) -> Picture:
+        return self.panel.still()
+
+    def __repr__(self) -> str:
+        return repr(self.panel)
+
+
+def step_through(title: str, view: View) -> Panel:
+    """A panel without settings: one run, moment by moment."""
+    return Panel(title, {}, lambda: view)
 
 
 def counted(flushes: int) -> str:

@@ -47,7 +47,9 @@ class Quiz(Widget):
         return f'{verdict} answer is "{self.answer}". {self.because}'
 
     def still(self) -> Picture:
-        return framed(f"{self.asked} {' / '.join(self.options)}", self.asked, [f"○ {said}" for said in self.options], "")
+        return framed(
+            f"{self.asked} {' / '.join(self.options)}", self.asked, [f"○ {said}" for said in self.options], ""
+        )
 
     def __repr__(self) -> str:
         options = [f"  [{'x' if option == self.predicted else ' '}] {option}" for option in self.options]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import hypot
@@ -10,7 +10,7 @@ from math import hypot
 from kvmbook.model import Hardware, Kernel
 from kvmbook.scenes import Graph, Now, Run, RunMoment, graph_of, label, run_of, what_of
 from kvmbook.search import Action, Grain, Result
-from kvmbook.views.figures import INK, LOOK, LOST, Picture, box, svg, text
+from kvmbook.views.drawing import INK, LETTER, LOOK, LOST, Picture, block, box, svg, text
 
 LOSS = "✕ lost: nobody will know"
 LINE = 'stroke="currentColor" fill="none"'
@@ -19,60 +19,79 @@ DASHED, PALE = ' stroke-width="3" stroke-dasharray="6 3"', ' stroke-opacity="0.5
 
 # ---- a run as a sequence diagram -------------------------------------------------------------------------------------
 
-ROW, TOP, SAID, LANE, ROOM = 30, 46, 284, 53, 34
+ROW, TOP, SIZE = 20, 40, 15
+SAID, LANE, ROOM = 330, 56, 33  # widths: of what a step is called, of an actor's lane; letters that a name may have
+STATE, BIT, GAP = 130, 40, 6  # widths of a column for a state, of one for a bit, and between two
 PASSES, STALE = ("clear_dirty", "write_protect"), "stale: "
+HERE = {"TLB": "lets it pass", "SPTE": "walk", "KVM": "fault"}  # said in the column where an access is answered
 
 
 @dataclass(frozen=True)
 class Column:
-    """How one thing changes: its state in words at the start and after each step. ``tlb``: whose TLB, and which page."""
+    """How one thing changes: its state in words at the start and after each step. ``about``: whose TLB and which page, or
+    "SPTE" and which page; ``x`` counts from the first column."""
 
     title: tuple[str, str]
+    about: tuple[str, int]
     x: float
     width: float
     states: tuple[str, ...]
-    tlb: tuple[str, int] | None = None
 
-    def stretches(self) -> Iterator[tuple[int, int, str]]:
-        """(first row, row after the last, state) for each stretch without a change; the start is row 0."""
-        first = 0
-        for row in range(1, len(self.states) + 1):
-            if row == len(self.states) or self.states[row] != self.states[first]:
-                yield first, row, self.states[first]
-                first = row
+    @property
+    def middle(self) -> float:
+        return self.x + self.width / 2
+
+    def begins(self, row: int) -> bool:
+        """Whether another state begins with this row; the start is row 0."""
+        return row == 0 or self.states[row] != self.states[row - 1]
+
+    def ends(self, row: int) -> bool:
+        """Whether a state ends with this row."""
+        return row + 1 == len(self.states) or self.begins(row + 1)
 
     def changes(self, row: int) -> bool:
         """Whether that row's step writes here; becoming stale is not a change."""
-        return self.states[row].removeprefix(STALE) != self.states[row - 1].removeprefix(STALE)
+        return row > 0 and self.states[row].removeprefix(STALE) != self.states[row - 1].removeprefix(STALE)
 
 
-def _columns(run: Run, left: float) -> list[Column]:
+def _columns(run: Run) -> list[Column]:
     """SPTE, then the TLB of each vCPU, then the log, page by page."""
     nows = [run.start, *(moment.now for moment in run.moments)]
     columns: list[Column] = []
 
-    def add(title: str, under: str, width: float, states: Iterable[str], tlb: tuple[str, int] | None = None) -> None:
-        x = columns[-1].x + columns[-1].width + 5 if columns else left
-        columns.append(Column((title, under), x, width, tuple(states), tlb))
+    def add(title: str, under: str, about: tuple[str, int], width: float, states: Iterable[str]) -> None:
+        x = columns[-1].x + columns[-1].width + GAP if columns else 0
+        columns.append(Column((title, under), about, x, width, tuple(states)))
 
     pages, vcpus = len(run.start.pages), len(run.start.faults)
     for page in range(pages):
         views = [now.pages[page] for now in nows]
-        add("SPTE", f"page {page}", 112, (view.spte for view in views))
+        add("SPTE of", f"page {page}", ("SPTE", page), STATE, (view.spte for view in views))
         for v in range(vcpus):
             seen = [STALE * view.stale[v] + view.tlb[v] for view in views]
-            add("TLB", f"vCPU{v}" + f", page {page}" * (pages > 1), 112, seen, (f"vCPU{v}", page))
-        add("log", "bit", 36, ("PML" if any(view.pml) and view.bit != "1" else view.bit for view in views))
+            add("TLB of", f"vCPU{v}" + f", page {page}" * (pages > 1), (f"vCPU{v}", page), STATE, seen)
+        bits = ("PML" if any(view.pml) and view.bit != "1" else view.bit for view in views)
+        add("log", "bit", ("log", page), BIT, bits)
     return columns
 
 
-def _stretch(column: Column, first: int, last: int, state: str) -> list[str]:
-    """One stretch of a column: a bar in the state's colour, its name where it begins."""
-    bare, stale = state.removeprefix(STALE), state.startswith(STALE)
-    fill, stroke = LOOK.get(bare, ("none", ""))[0], LOST if stale else "currentColor"
-    y, ink = TOP + first * ROW + 2, INK if fill != "none" else ""
-    bar = box(column.x, y, column.width, (last - first) * ROW - 4, fill, stroke=stroke, extra=DASHED if stale else PALE)
-    return [bar, text(column.x + column.width / 2, y + 18, state, size=12, bold=stale, fill=ink)]
+def _piece(column: Column, row: int) -> str:
+    """A column in one row: a piece of a bar in the state's colour; its name where the bar begins."""
+    state = column.states[row]
+    fill, stale = LOOK.get(state.removeprefix(STALE), ("none", ""))[0], state.startswith(STALE)
+    begins, ends = column.begins(row), column.ends(row)
+    top, bottom = 1.5 * begins, ROW - 1.5 * ends
+    high = bottom - top + 0.6 * (not ends)  # pieces overlap a little: no seams
+    parts = [f'<rect x="{column.x:g}" y="{top:g}" width="{column.width:g}" height="{high:g}" fill="{fill}"/>']
+    left, right = column.x, column.x + column.width
+    border = f"M{left:g} {bottom:g}V{top:g}" + (f"H{right:g}" if begins else f"M{right:g} {top:g}")
+    border += f"V{bottom:g}" + f"H{left:g}" * ends
+    look = f'stroke="{LOST}"{DASHED}' if stale else f'stroke="currentColor"{PALE}'
+    parts.append(f'<path d="{border}" fill="none" {look}/>')
+    if begins:
+        ink = INK if fill != "none" else ""
+        parts.append(text(column.middle, 15, state, size=SIZE, bold=stale or column.changes(row), fill=ink))
+    return block(parts, look="" if begins else "same")
 
 
 def _said(moment: RunMoment, before: Now) -> str:
@@ -86,66 +105,97 @@ def _said(moment: RunMoment, before: Now) -> str:
     return f"{said}: {note}" if note and len(said) + len(note) <= ROOM else said
 
 
-def _mark(moment: RunMoment, lane: int, row: int, reaches: Sequence[Column]) -> list[str]:
-    """Who acts, and lines to what that changes."""
-    who, x, y = moment.action.who, SAID + lane * LANE + LANE / 2, TOP + (row + 0.5) * ROW
+def _mark(who: str, lane: int, reaches: Sequence[Column], left: float) -> list[str]:
+    """Who acts, and arrows to what that changes, or to where an access is answered."""
+    x = lane * LANE + LANE / 2
     said = {"v": "guest", "K": "KVM", "h": "host", "u": "ioctl"}[who[0]]
-    look = f'rx="{10 if said == "guest" else 2}" fill="{LOOK["read-only"][0]}" stroke="currentColor"'
-    mark = f'<rect x="{x - 23:g}" y="{y - 10:g}" width="46" height="20" {look}/>'
-    parts, begin = [mark, text(x, y + 4, said, size=12, fill=INK)], x + 23
+    look = f'rx="{8 if said == "guest" else 2}" fill="{LOOK["read-only"][0]}" stroke="currentColor"'
+    parts = [f'<rect x="{x - 24:g}" y="1.5" width="48" height="17" {look}/>', text(x, 15, said, size=SIZE, fill=INK)]
+    begin = x + 24
     for column in reaches:
-        parts.append(f'<path d="M{begin:g} {y:g}H{column.x:g}m-7 -4l7 4l-7 4" {LINE} stroke-width="2"/>')
-        begin = column.x + column.width
+        parts.append(f'<path d="M{begin:g} 10H{left + column.x:g}m-7 -4l7 4l-7 4" {LINE} stroke-width="2"/>')
+        begin = left + column.x + column.width
     return parts
 
 
-def _moment_parts(run: Run, number: int, columns: Sequence[Column]) -> tuple[list[str], list[str]]:
-    """One row: what lies under the bars, what lies over them."""
-    moment, before = run.moments[number - 1], run.moments[number - 2].now if number > 1 else run.start
+def _answered_at(moment: RunMoment, columns: Sequence[Column]) -> Column | None:
+    """The column of the TLB entry that lets an access pass, or else of the SPTE; None if the step is no access."""
+    if not moment.answered:
+        return None
+    about = (moment.action.who if moment.answered == "TLB" else "SPTE", moment.action.page or 0)
+    return next(column for column in columns if column.about == about)
+
+
+def _row(run: Run, row: int, columns: Sequence[Column], left: float) -> list[str]:
+    """One row: the step's name, who acts with arrows, and all columns. In the narrow form the name stands above these."""
+    narrow, wide = columns[-1].x + columns[-1].width, [_piece(column, row) for column in columns]
+    if row == 0:
+        parts = [text(34, 15, "at the start", size=SIZE, anchor="start")]
+        return [block(parts, (0, TOP), (-30, TOP)), block(wide, (SAID + left, TOP), (4, TOP + ROW))]
+    moment, before = run.moments[row - 1], run.moments[row - 2].now if row > 1 else run.start
     lane = run.actors.index(moment.action.who.removeprefix("KVM for "))
     lost = moment.now.lost and not before.lost
-    reaches, y = [column for column in columns if column.changes(number)], TOP + (number + 0.5) * ROW
-    if lost and moment.hit:  # it goes through the TLB, and there it ends
-        reaches = [column for column in columns if column.tlb == (moment.action.who, moment.action.page)]
-    under, over = _mark(moment, lane, number, reaches), [text(26, y + 5, str(number), size=13, anchor="end")]
+    answered = _answered_at(moment, columns)
+    reaches = [column for column in columns if column.changes(row) or column is answered]
+    if lost and moment.answered == "TLB":  # it goes through the TLB, and there it ends
+        reaches = [column for column in columns if column is answered]
+    arrows = _mark(moment.action.who, lane, reaches, left)
     if lost:
-        under, over = [], over + [part.replace('"currentColor"', f'"{LOST}"') for part in under]
-    if lost and moment.hit:
-        over += [text(c.x + c.width / 2, y + 5, "lets it pass", size=12, bold=True, fill=INK) for c in reaches]
-    bold = lost or moment.action.what.startswith("flush")
-    over.append(text(34, y + 5, _said(moment, before), size=13, anchor="start", bold=bold))
+        arrows = [part.replace('"currentColor"', f'"{LOST}"') for part in arrows]
+    over = []
+    if answered and not answered.begins(row):
+        ink = INK if LOOK.get(answered.states[row].removeprefix(STALE), ("none", ""))[0] != "none" else ""
+        over.append(text(answered.middle, 15, HERE[moment.answered], size=SIZE, bold=True, fill=ink))
     if moment.flushed:
-        tlbs = [column for column in columns if column.tlb]
-        begin, end = tlbs[0].x - 4, tlbs[-1].x + tlbs[-1].width + 4
-        over.append(f'<path d="M{begin:g} {y - 15:g}H{end:g}" {LINE} stroke-width="5"/>')
-    return under, over
+        tlbs = [column for column in columns if column.about[0].startswith("vCPU")]
+        over.append(f'<path d="M{tlbs[0].x - 3:g} 0H{tlbs[-1].x + tlbs[-1].width + 3:g}" {LINE} stroke-width="5"/>')
+    bold = lost or moment.action.what.startswith("flush")
+    name = f"{row}. {label(moment.action)}"
+    parts = [
+        block([text(26, 15, str(row), size=SIZE, anchor="end")], look="wide"),
+        block([text(34, 15, _said(moment, before), size=SIZE, anchor="start", bold=bold)], look="wide"),
+        block([text(4, 15, name, size=min(SIZE, int(narrow / LETTER / len(name))), anchor="start")], look="narrow"),
+    ]
+    y, stacked = TOP + row * ROW, TOP + row * 2 * ROW
+    return [
+        block(parts, (0, y), (0, stacked)),
+        block(arrows if row else [], (SAID, y), look="wide"),
+        block([*wide, *over], (SAID + left, y), (4, stacked + ROW)),
+    ]
+
+
+def _headings(run: Run, columns: Sequence[Column], left: float, rows: int) -> list[str]:
+    """Who may act, each with a lane, and what the columns are of."""
+    lanes, titles = [], []
+    for lane, actor in enumerate(run.actors):
+        x, (first, _, second) = lane * LANE + LANE / 2, actor.partition(" ")
+        lanes += [text(x, 15, first, size=SIZE, bold=True), text(x, 33, second, size=SIZE, bold=True)]
+        lanes.append(f'<path d="M{x:g} {TOP}V{TOP + rows * ROW:g}" {LINE} stroke-opacity="0.3"/>')
+    for column in columns:
+        titles.append(text(column.middle, 15, column.title[0], size=SIZE, bold=True))
+        titles.append(text(column.middle, 33, column.title[1], size=SIZE, bold=True))
+    return [block(lanes, (SAID, 0), look="wide"), block(titles, (SAID + left, 0), (4, 0))]
 
 
 def trace_picture(told: Result | Run) -> Picture:
     """A run step by step from top to bottom: who acts, and what that makes of the SPTE, of each TLB and of the log. Of a
     search's result it is the shortest run that loses a write. Raises ValueError if there is none."""
     run = run_of(told) if isinstance(told, Result) else told
-    columns = _columns(run, SAID + len(run.actors) * LANE + 9)
-    rows, right = len(run.moments) + 1, columns[-1].x + columns[-1].width + 6
-    bottom, lost = TOP + rows * ROW, any(moment.now.lost for moment in run.moments[-1:])
-    under, over = [], [text(34, TOP + ROW / 2 + 5, "at the start", size=13, anchor="start")]
-    for lane, actor in enumerate(run.actors):
-        x = SAID + lane * LANE + LANE / 2
-        first, _, second = actor.partition(" ")
-        under += [text(x, 17, first, size=13, bold=True), text(x, 34, second, size=13, bold=True)]
-        under.append(f'<path d="M{x:g} {TOP}V{bottom:g}" {LINE} stroke-opacity="0.3"/>')
-    for column in columns:
-        x = column.x + column.width / 2
-        over += [text(x, 17, column.title[0], size=13, bold=True), text(x, 34, column.title[1], size=13)]
-        over += [part for stretch in column.stretches() for part in _stretch(column, *stretch)]
-    for number in range(1, rows):
-        below, above = _moment_parts(run, number, columns)
-        under, over = under + below, over + above
+    columns, left = _columns(run), len(run.actors) * LANE + 9
+    rows, lost = len(run.moments) + 1, any(moment.now.lost for moment in run.moments[-1:])
+    wide = columns[-1].x + columns[-1].width + 8
+    right, bottom, stacked = SAID + left + wide, TOP + rows * ROW, TOP + rows * 2 * ROW
+    parts = _headings(run, columns, left, rows)
+    for row in range(rows):
+        parts.append(block(_row(run, row, columns, left), moment=row))
     if lost:
-        over.append(box(4, bottom - ROW, right - 6, ROW + 34, "none", stroke=LOST, extra=' stroke-width="3"'))
-        over.append(text(right / 2, bottom + 22, LOSS, size=17, bold=True, fill=LOST))
-    alt = run.told()
-    return Picture(svg(right + 2, bottom + (40 if lost else 6), alt, [*under, *over]), alt)
+        for x, y, look in ((right / 2, bottom, "wide"), (wide / 2, stacked, "narrow")):
+            said = [text(x, y + 19, LOSS, size=17, bold=True, fill=LOST)]
+            said.append(box(2, y - ROW + 1, 2 * x - 4, ROW + 26, "none", stroke=LOST, extra=' stroke-width="3"'))
+            parts.append(block(said, moment=rows - 1, look=look))
+    alt, below = run.told(), 29 if lost else 4
+    size, narrow = (right, bottom + below), (wide, stacked + below)
+    return Picture(svg(*size, alt, parts, narrow), alt, ["At the start.", *(f"{said}." for said in run.steps())])
 
 
 # ---- all runs of one page --------------------------------------------------------------------------------------------

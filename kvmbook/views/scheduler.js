@@ -1,17 +1,21 @@
-// The view of kvmbook.views.scheduler.SchedulerPanel. The widget carries the whole graph of the VM; `path` is the walk so far.
+// The view of kvmbook.views.scheduler.SchedulerPanel. The widget carries the whole graph of the VM; `path` is the walk so far,
+// `moment` the place on it that is shown (-1: its end).
 function render({ model, el }) {
-  const { actors, sentences, look, ink, lost: orange } = model.get("words");
+  const { actors, sentences, look, ink, mistakes } = model.get("words");
+  const settings = model.get("settings");
   const graphs = {};
   let playing = null;
   let due = false;
 
   // ---- the graph ----
 
+  function graphAt(key) {
+    return (graphs[key] ??= { key, ...JSON.parse(model.get("states")[key].graph) });
+  }
+
   function graph() {
     const chosen = model.get("chosen");
-    const key = model.get("settings").map(({ name }) => chosen[name]).join(" | ");
-    graphs[key] ??= JSON.parse(model.get("states")[key].graph);
-    return { key, ...graphs[key] };
+    return graphAt(settings.map(({ name }) => chosen[name]).join(" | "));
   }
 
   function steps({ edges, labels }, state) {
@@ -23,9 +27,9 @@ function render({ model, el }) {
     return found;
   }
 
-  function passed(g) {
+  function passed(g, path) {
     const states = [0];
-    for (const label of model.get("path")) {
+    for (const label of path) {
       const step = steps(g, states.at(-1)).find((other) => other.label === label);
       if (!step) break;  // the settings were changed, and the new path is still under way
       states.push(step.to);
@@ -38,13 +42,19 @@ function render({ model, el }) {
 
   // ---- moves ----
 
+  // What is shown of the path: all of it, or what lies before a moment of it.
+  function shown() {
+    const path = model.get("path"), moment = model.get("moment");
+    return moment < 0 ? path : path.slice(0, moment);
+  }
+
   function stop() {
     clearInterval(playing);
     playing = null;
   }
 
-  function go(path, asked = "", chosen = model.get("chosen")) {
-    model.set({ chosen, path, asked });
+  function go(path, asked = "", chosen = model.get("chosen"), moment = -1) {
+    model.set({ chosen, path, asked, moment });
     model.save_changes();
     drawSoon();
   }
@@ -66,7 +76,7 @@ function render({ model, el }) {
     }
     go([], "play");
     const next = () => {
-      const g = graph(), here = passed(g).at(-1), far = distance(g, here);
+      const g = graph(), here = passed(g, model.get("path")).at(-1), far = distance(g, here);
       const step = far > 0 && steps(g, here).find(({ to }) => distance(g, to) === far - 1);
       if (step) go([...model.get("path"), step.label], "play");
       if (!step || far === 1) {
@@ -83,19 +93,93 @@ function render({ model, el }) {
     act();
   };
 
+  // ---- a run that the reader writes; kvmbook.views.scheduler.meant and SchedulerPanel.write say the same ----
+
+  // The steps that a line may mean: each of its words begins a word of the step, in order, and few words are left over.
+  function meant(line, possible) {
+    const words = line.toLowerCase().split(/\s+/);
+    const left = possible.map((label) => {
+      const named = label.toLowerCase().split(" ");
+      let next = 0;
+      for (const word of words) {
+        while (next < named.length && !named[next].startsWith(word)) next += 1;
+        if (next++ >= named.length) return Infinity;
+      }
+      return named.length - words.length;
+    });
+    const least = Math.min(...left);
+    return least === Infinity ? [] : possible.filter((_, i) => left[i] === least);
+  }
+
+  function write(text) {
+    const g = graph(), path = [];
+    let here = 0, mistake = "";
+    const lines = text.split(/[;\n]/).map((line) => line.replace(/#.*/, "").replace(/^\s*\d+\.?\s/, "").replace(/\(.*\)\s*$/, "").trim());
+    for (const line of lines.filter(Boolean)) {
+      const can = steps(g, here), fits = meant(line, can.map(({ label }) => label));
+      if (fits.length !== 1) {
+        const names = (fits.length ? fits : can.map(({ label }) => label)).join("; ");
+        mistake = mistakes[fits.length ? "many" : "none"].replace("{step}", path.length + 1).replace("{line}", line).replace("{names}", names);
+        break;
+      }
+      path.push(fits[0]);
+      here = can.find(({ label }) => label === fits[0]).to;
+    }
+    wrong.textContent = mistake;
+    go(path, "", model.get("chosen"), mistake || !path.length ? -1 : 0);
+  }
+
   // ---- what never changes ----
 
-  const groups = model.get("settings").map(({ name, options }) =>
+  const groups = settings.map(({ name, options }) =>
     radioGroup(name, options, (option) => alone(() => go([], "", { ...model.get("chosen"), [name]: option }))()));
   const table = element("tbody");
   const history = element("ol");
-  const choices = Object.fromEntries(actors.map((who) => [who, element("div", { role: "group", "aria-label": `steps of ${who}` })]));
+  const choices = Object.fromEntries(actors.map((who) => [who, element("div", { role: "group", "aria-label": `steps of ${who}` }, element("b", {}, who))]));
   const readout = readoutLine();
-  const undo = button("Undo", alone(() => go(model.get("path").slice(0, -1))));
+  const undo = button("Undo", alone(() => go(shown().slice(0, -1))));
   const again = button("Start again", alone(() => go([])));
-  const hint = button("Hint", alone(() => go(model.get("path"), "hint")));
+  const hint = button("Hint", alone(() => go(shown(), "hint")));
   const show = button("Show me", showMe);
   const past = element("div", { class: "kvmbook-history", tabindex: "0", role: "region", "aria-label": "steps so far", ...OWN_KEYS }, history);
+  const moments = stepper(() => model.get("path").length, () => model.get("moment"), (moment) => {
+    stop();
+    model.set("moment", moment);
+    model.save_changes();
+    drawSoon();
+  }, (now, last) => (now === last ? "now" : now ? `after step ${now} of ${last}` : "the start"));
+  const text = element("textarea", { rows: "3", spellcheck: "false", placeholder: "vCPU0 reads page 0\nhost ages\nuser enables", ...OWN_KEYS });
+  const wrong = element("p", { class: "kvmbook-wrong", role: "alert" });
+  const writing = element("div", { class: "kvmbook-writing" },
+    element("label", {}, element("b", {}, "Or write a run"), " one step a line; a word may be cut short, and what is clear may be left out", text),
+    button("Run it", alone(() => write(text.value))), button("Copy the run so far", () => { text.value = model.get("path").join("\n"); }), wrong);
+
+  // Each step of an actor has a place of its own, and shares it only with steps that are never possible beside it.
+  const all = settings.map(({ options }) => options).reduce((keys, options) => keys.flatMap((key) => options.map((option) => [...key, option])), [[]])
+    .map((key) => graphAt(key.join(" | ")));
+  const beside = new Map();  // label: the steps of the same actor that are possible beside it somewhere
+  const place = {};
+  for (const g of all) {
+    for (let state = 0; state < g.states.length; state += 1) {
+      for (const { label, who, what } of steps(g, state)) {
+        if (!beside.has(label)) beside.set(label, { who, what, others: new Set() });
+        for (const other of steps(g, state)) if (other.who === who && other.label !== label) beside.get(label).others.add(other.label);
+      }
+    }
+  }
+  for (const [label, { who, what, others }] of beside) {
+    const taken = new Set([...others].map((other) => place[other]?.slot));
+    const slots = [...choices[who].querySelectorAll(".kvmbook-slot")];
+    let slot = slots.find((one) => !taken.has(one));
+    if (!slot) choices[who].append(slot = element("div", { class: "kvmbook-slot" }, element("span", { class: "kvmbook-room", "aria-hidden": "true" })));
+    place[label] = { slot };
+    const room = slot.firstChild;
+    if ((room.dataset.room ?? "").length < what.length) room.dataset.room = what;
+  }
+
+  // What a row may say at most: it keeps that height.
+  const longest = {};
+  for (const g of all) for (const [name, , said] of g.rows) if ((longest[name] ?? "").length < said.length) longest[name] = said;
 
   // ---- what does ----
 
@@ -103,46 +187,43 @@ function render({ model, el }) {
     const before = states.length > 1 ? g.states[states.at(-2)] : null;
     table.replaceChildren(...g.states[states.at(-1)].slice(0, -2).map((row, i) => {
       const [name, state, said, stale] = g.rows[row];
-      const cell = element("td", {}, said);
+      const was = before !== null && before[i] !== row ? ` was: ${g.rows[before[i]][2]}` : "";
+      const line = element("div", {}, element("span", { class: "kvmbook-said" }, said), element("i", {}, was));
+      const room = element("div", { class: "kvmbook-room", "data-room": `${longest[name]} was: ${longest[name]}`, "aria-hidden": "true" });
+      const cell = element("td", {}, element("div", { class: "kvmbook-cell" }, line, room));
       const fill = look[state];
       if (fill && fill !== "none") Object.assign(cell.style, { background: fill, color: ink });
-      if (stale) cell.style.outline = `3px dashed ${orange}`;
-      const was = before !== null && before[i] !== row ? `was: ${g.rows[before[i]][2]}` : "";
-      return element("tr", {}, element("th", { scope: "row" }, name), cell, element("td", { class: "kvmbook-was" }, was));
+      cell.classList.toggle("kvmbook-stale", stale);
+      return element("tr", {}, element("th", { scope: "row" }, name), cell);
     }));
   }
 
   function drawChoices(g, state) {
-    const focused = el.contains(document.activeElement) ? document.activeElement.dataset.step : undefined;
-    const made = new Map();
-    for (const who of actors) choices[who].replaceChildren(element("b", {}, who));
-    for (const { label, who, what } of steps(g, state)) {
-      const step = button(what, alone(() => go([...model.get("path"), label])));
+    const held = el.contains(document.activeElement) ? document.activeElement.closest(".kvmbook-slot") : null;
+    for (const slot of el.querySelectorAll(".kvmbook-slot")) slot.querySelector("button")?.remove();
+    for (const { label, what } of steps(g, state)) {
+      const step = button(what, alone(() => go([...shown(), label])));
       step.dataset.step = label;
-      made.set(label, step);
-      choices[who].append(step);
+      place[label].slot.append(step);
     }
-    for (const who of actors) if (choices[who].children.length === 1) choices[who].append(element("span", {}, "(nothing)"));
-    if (focused !== undefined) {  // the keyboard stays where it was, or as near as can be
-      const who = actors.find((name) => focused.startsWith(`${name} `));
-      (made.get(focused) ?? choices[who].querySelector("button") ?? made.values().next().value)?.focus({ preventScroll: true });
-    }
+    if (held) (held.querySelector("button") ?? held.parentElement.querySelector("button") ?? el.querySelector("[data-step]"))?.focus({ preventScroll: true });
   }
 
   function drawHistory(g, states) {
     const first = states.findIndex((state) => isLost(g, state));
     history.replaceChildren(...model.get("path").map((label, i) =>
-      element("li", {}, label, ...(i + 1 === first ? [element("b", {}, " ✕ lost")] : []))));
-    past.scrollTop = past.scrollHeight;
+      element("li", i >= states.length - 1 ? { class: "kvmbook-later" } : {}, label, ...(i + 1 === first ? [element("b", {}, " ✕ lost")] : []))));
+    past.scrollTop = past.scrollHeight * (states.length / (model.get("path").length + 1)) - past.clientHeight / 2;
     return first;
   }
 
   function draw() {
-    const g = graph(), states = passed(g), here = states.at(-1), asked = model.get("asked");
-    model.get("settings").forEach(({ name }, i) => check(groups[i], model.get("chosen")[name]));
+    const g = graph(), states = passed(g, shown()), here = states.at(-1), asked = model.get("asked");
+    settings.forEach(({ name }, i) => check(groups[i], model.get("chosen")[name]));
     drawTable(g, states);
     drawChoices(g, here);
     const first = drawHistory(g, states);
+    moments.draw();
     const atStart = states.length === 1, leaves = atStart && [undo, again].includes(document.activeElement);
     undo.disabled = again.disabled = atStart;
     hint.disabled = isLost(g, here);
@@ -155,26 +236,29 @@ function render({ model, el }) {
     const numbers = {
       steps: states.length - 1, lost: Math.max(first, 0), shortest: distance(g, 0), states: g.states.length, distance: distance(g, here),
     };
-    const sentence = told.map((name) => sentences[name].replace(/{(\w+)}/g, (_, number) => numbers[number])).join(" ");
-    if (readout.textContent !== sentence) readout.textContent = sentence;
-    readout.classList.toggle("kvmbook-lost", isLost(g, here));
+    readout.say(told.map((name) => sentences[name].replace(/{(\w+)}/g, (_, number) => numbers[number])).join(" "));
+    readout.el.classList.toggle("kvmbook-lost", isLost(g, here));
     el.dataset.steps = states.length - 1;
   }
 
-  const caption = element("caption", {}, "now");
+  const paper = element("div", { class: "kvmbook-paper" });
+  paper.innerHTML = model.get("paper");
+  readout.reserve(Object.values(sentences));
   el.classList.add("kvmbook-panel", "kvmbook-scheduler");
   el.append(
-    element("p", { class: "kvmbook-title" }, model.get("title")), element("div", { class: "kvmbook-controls" }, ...groups),
+    element("p", { class: "kvmbook-title" }, model.get("title")), paper, element("div", { class: "kvmbook-controls" }, ...groups),
     element("p", { class: "kvmbook-ask" }, "Who moves next?"),
     element("div", { class: "kvmbook-steps" }, ...Object.values(choices)),
-    element("div", { class: "kvmbook-commands" }, undo, again, show, hint), readout,
-    element("div", { class: "kvmbook-now" }, element("table", {}, caption, table), element("div", {}, element("b", {}, "so far"), past)),
+    element("div", { class: "kvmbook-commands" }, undo, again, show, hint), readout.el, moments.el,
+    element("div", { class: "kvmbook-now" }, element("table", {}, element("caption", {}, "now"), table), element("div", {}, element("b", {}, "so far"), past)),
+    writing,
   );
-  model.on("change:chosen change:path change:asked", drawSoon);
+  model.on("change:chosen change:path change:asked change:moment", drawSoon);
   draw();
   return () => {
     stop();
-    model.off("change:chosen change:path change:asked", drawSoon);
+    moments.stop();
+    model.off("change:chosen change:path change:asked change:moment", drawSoon);
   };
 }
 

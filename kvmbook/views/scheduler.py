@@ -7,6 +7,7 @@ it works without a kernel behind it, and it knows from everywhere how far the ne
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,11 +15,13 @@ import traitlets
 
 from kvmbook.model import FlushPolicy, Kernel
 from kvmbook.scenes import HARDWARE, Graph, Now, graph_of, label, what_of
-from kvmbook.views.figures import INK, LOOK, LOST
-from kvmbook.views.panel import Panel, View
+from kvmbook.search import Grain, explore
+from kvmbook.views.drawing import INK, LOOK, Picture, framed
+from kvmbook.views.panel import WHOLE, Panel, View
+from kvmbook.views.run_figures import trace_picture
 from kvmbook.views.scripts import script
 
-SETTINGS = {"A/D bits": list(HARDWARE), "flush when enabling": ["if changed", "always"]}
+SETTINGS = {"A/D bits": list(HARDWARE), "flush rule": ["if changed", "always"]}
 ACTORS = ("vCPU0", "KVM for vCPU0", "host", "user space")
 SENTENCES = {
     "start": "Nothing is lost. Choose a step.",
@@ -29,6 +32,10 @@ SENTENCES = {
     "safe": "With one page and one vCPU, cut by fault, no run loses a write: all {states} states were visited.",
     "hint": "From here the soonest loss takes {distance} more step(s).",
     "no hint": "From here no run of this small VM loses a write.",
+}
+MISTAKES = {
+    "none": 'Step {step}, "{line}", is not possible here. Possible: {names}.',
+    "many": 'Step {step}, "{line}", may mean: {names}.',
 }
 
 
@@ -68,16 +75,29 @@ def carried(graph: Graph, pml: bool) -> dict[str, Any]:
     return {"rows": list(rows), "labels": list(labels), "states": states, "edges": edges}
 
 
-class SchedulerPanel(Panel):
-    """A panel whose result is a whole graph: `do`, `undo` and `play` walk it, as the buttons do.
+def meant(line: str, possible: Sequence[str]) -> list[str]:
+    """The steps that a written line may mean: each of its words begins a word of the step, in order; of these, the ones with
+    the fewest words left over. "v r" means "vCPU0 reads page 0"."""
+    words, left = line.lower().split(), {}
+    for label_ in possible:
+        named = iter(label_.lower().split(" "))
+        if all(any(name.startswith(word) for name in named) for word in words):
+            left[label_] = label_.count(" ") - len(words)
+    return [label_ for label_, over in left.items() if over == min(left.values())]
 
-    ``path``: the labels of the steps so far; ``asked``: "", "hint", or "play" if the reader has asked for that.
+
+class SchedulerPanel(Panel):
+    """A panel whose result is a whole graph: `do`, `undo`, `play` and `write` walk it, as the buttons do.
+
+    ``path``: the labels of the steps so far; ``moment``: how many of them are shown (-1: all), and a step goes on from
+    there; ``asked``: "", "hint", or "play" if the reader has asked for that; ``paper``: a run for the printer.
     """
 
     _esm = script("scheduler")
     path: Any = traitlets.List().tag(sync=True)
     asked = traitlets.Unicode().tag(sync=True)
     words = traitlets.Dict().tag(sync=True)
+    paper = traitlets.Unicode().tag(sync=True)
 
     def __init__(self) -> None:
         self._graphs: dict[str, dict[str, Any]] = {}
@@ -85,10 +105,11 @@ class SchedulerPanel(Panel):
         self.words = {
             "actors": ACTORS,
             "sentences": SENTENCES,
+            "mistakes": MISTAKES,
             "look": {state: fill for state, (fill, _) in LOOK.items()},
             "ink": INK,
-            "lost": LOST,
         }
+        self.paper = self._shortest.svg
         self.observe(lambda change: self.start_again(), names="chosen")
 
     def _state(self, combination: Sequence[str]) -> dict[str, str]:
@@ -111,12 +132,23 @@ class SchedulerPanel(Panel):
         edges = self.graph["edges"][state]
         return {self.graph["labels"][n][0]: to for n, to in zip(edges[::2], edges[1::2], strict=True)}
 
+    @property
+    def shown(self) -> list[str]:
+        """The steps that have led to what is shown."""
+        steps: list[str] = self.path if self.moment < 0 else self.path[: self.moment]
+        return list(steps)
+
     def _states(self) -> list[int]:
-        """The states of the path, the start first."""
+        """The states that are passed on the way to what is shown, the start first."""
         states = [0]
-        for said in self.path:
+        for said in self.shown:
             states.append(self._steps(states[-1])[said])
         return states
+
+    @property
+    def moments(self) -> list[str]:
+        """What there is to step through: the start, and each step but the last."""
+        return ["the start", *self.path[:-1]] if self.path else []
 
     def possible(self) -> list[str]:
         """The steps that are possible now."""
@@ -126,12 +158,12 @@ class SchedulerPanel(Panel):
         """Do one step and return the sentence. ValueError if it is not possible now."""
         if step not in self.possible():
             raise ValueError(f"{step!r} is not possible now; possible: {', '.join(self.possible())}")
-        self._go([*self.path, step])
+        self._go([*self.shown, step])
         return self.readout
 
     def undo(self) -> str:
         """Take the last step back, if there is one."""
-        self._go(self.path[:-1])
+        self._go(self.shown[:-1])
         return self.readout
 
     def start_again(self) -> str:
@@ -141,7 +173,7 @@ class SchedulerPanel(Panel):
 
     def hint(self) -> str:
         """How far it is to the nearest loss."""
-        self.asked = "hint"
+        self._go(self.shown, "hint")
         return self.readout
 
     def play(self) -> str:
@@ -153,9 +185,29 @@ class SchedulerPanel(Panel):
         self._go(path, "play")
         return self.readout
 
-    def _go(self, path: list[str], asked: str = "") -> None:
+    def write(self, run: str) -> str:
+        """Do a run that is written down, from the start: steps parted by lines or ";", see `meant`; numbers before them,
+        brackets and what follows a "#" are left out. Shows the start, to be stepped from. ValueError for a line that is no
+        possible step, or that may mean several, saying which; what stands before it is done."""
+        here, path, mistake = 0, list[str](), ""
+        for written in re.split(r"[;\n]", run):
+            line = re.sub(r"^\s*\d+\.?\s|\(.*\)\s*$", "", re.sub(r"#.*", "", written)).strip()
+            steps = self._steps(here)
+            fits = meant(line, list(steps)) if line else []
+            if line and len(fits) != 1:
+                said, names = MISTAKES["many" if fits else "none"], "; ".join(fits or steps)
+                mistake = said.format(step=len(path) + 1, line=line, names=names)
+                break
+            for step in fits:
+                path, here = [*path, step], steps[step]
+        self._go(path, moment=WHOLE if mistake or not path else 0)
+        if mistake:
+            raise ValueError(mistake)
+        return self.readout
+
+    def _go(self, path: list[str], asked: str = "", moment: int = WHOLE) -> None:
         with self.hold_sync():
-            self.path, self.asked = path, asked
+            self.path, self.asked, self.moment = path, asked, moment
 
     # ---- what is said -----------------------------------------------------------------------------------------------
 
@@ -178,17 +230,28 @@ class SchedulerPanel(Panel):
         states, passed = self.graph["states"], self._states()
         far, lost = states[passed[-1]][-1], [states[number][-2] for number in passed]
         safe = states[0][-1] < 0
-        said = "lost" if lost[-1] else "covered" if any(lost) else "going" if self.path else "start"
+        said = "lost" if lost[-1] else "covered" if any(lost) else "going" if self.shown else "start"
         said = "safe" if self.asked == "play" and safe else said
         told = [said] + ["no hint" if far < 0 else "hint"] * (self.asked == "hint" and not lost[-1])
         numbers = {
-            "steps": len(self.path),
+            "steps": len(self.shown),
             "lost": lost.index(1) if any(lost) else 0,
             "shortest": states[0][-1],
             "states": len(states),
             "distance": far,
         }
         return " ".join(SENTENCES[name].format(**numbers) for name in told)
+
+    @property
+    def _shortest(self) -> Picture:
+        """A shortest run that loses a write with the first settings."""
+        kernel = Kernel.v5_19.with_(flush=FlushPolicy(SETTINGS["flush rule"][0]))
+        return trace_picture(explore(HARDWARE[SETTINGS["A/D bits"][0]], kernel, grain=Grain.FAULT))
+
+    def still(self) -> Picture:
+        run = self._shortest
+        said = "A shortest run that loses a write. In JupyterLab and in the pages you choose each step yourself."
+        return framed(f"{self.title}. {said} {run.alt}", self.title, [], said, run)
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}: {option}" for name, option in self.chosen.items())

@@ -22,7 +22,7 @@ from kvmbook.scenes import (
     harvest,
     listed,
 )
-from kvmbook.views.figures import INK, LOOK, LOST, Picture, box, svg, text
+from kvmbook.views.drawing import INK, LOOK, LOST, Picture, box, svg, text
 from kvmbook.views.panel import Panel, View, counted
 
 # ---- which errno? ----------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from kvmbook.model import SpteFormat
 from kvmbook.scenes import ABOUT_KINDS, ADDRESS, FREE, HARDWARE_READS, KVM_READS, Field, fields, spte_state
-from kvmbook.views.figures import INK, LOOK, LOST, Picture, box, svg, text
+from kvmbook.views.drawing import INK, LOOK, LOST, Picture, box, svg, text
 
 KINDS = {HARDWARE_READS: "#f0e442", KVM_READS: "#b9a7e0", ADDRESS: "none", FREE: "none"}  # the colour of each
 CELL, LEFT, FRAME_WIDTH = 27, 6, 220
