@@ -21,8 +21,8 @@ WINGS = {
     "search": ["schedule", "cells", "tables", "space", "explore", "products", "anynumber", "flush_rules"],
     "scenes": ["enabling", "slots", "words", "decoding", "runs"],
     "views": [
-        "scripts", "figures", "word_figures", "run_figures", "panel", "enabling_panels", "slot_panels", "rules_panel",
-        "inspector", "scheduler", "quiz",
+        "scripts", "results", "figures", "word_figures", "run_figures", "panel", "enabling_panels", "slot_panels",
+        "rules_panel", "inspector", "scheduler", "quiz",
     ],
     "exercises": ["mechanism", "vms", "ch01", "ch02", "ch03", "ch08", "ch10", "ch11"],
 }  # fmt: skip
@@ -158,6 +158,21 @@ def test_a_notebook_is_tidy(path):
     for part in ("Before you read", "## In the kernel", "## Quiz", "## Exercises", "## Synopsis"):
         assert part in text, part
     assert text.count("*Solution of ") == 3
+
+
+LONGEST_LINE = 88  # characters that a page of 1366 pixels shows without scrolling
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_code_and_what_it_prints_fit_the_page(path):
+    """Solutions too. Text that stands for a picture, a panel or a table is not shown with it, so it may be longer."""
+    for cell in json.loads(path.read_text())["cells"]:
+        if cell["cell_type"] != "code":
+            continue
+        shown = [cell["source"], *(output["text"] for output in cell["outputs"] if "text" in output)]
+        shown += [o["data"]["text/plain"] for o in cell["outputs"] if list(o.get("data", {})) == ["text/plain"]]
+        too_long = [line for text in shown for line in "".join(text).splitlines() if len(line) > LONGEST_LINE]
+        assert not too_long, f"{cell['id']}: {too_long}"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS[:3], ids=lambda path: path.stem)  # those whose first number is soon there
