@@ -156,23 +156,23 @@ STEP_SAYS = {
 }
 
 
-STEP_WIDTH, STEP = 400, 62
+STEP_WIDTH, STEP = 400, 52
 
 
 def plan_parts(plan: Sequence[str], title: str) -> list[str]:
     """The steps of one plan, from top to bottom, flushes framed."""
     middle = STEP_WIDTH / 2
-    parts = [text(middle, 20, title, bold=True, size=16)]
+    parts = [text(middle, 17, title, bold=True, size=16)]
     for number, name in enumerate(plan or ["(nothing)"]):
-        y, flush = 32 + number * STEP, name.startswith("flush")
+        y, flush = 26 + number * STEP, name.startswith("flush")
         fill = LOOK["reported" if name == "flush_always" else "missed"][0] if flush else "none"
-        parts.append(box(0, y, STEP_WIDTH, 46, fill, extra=' stroke-width="2"' if flush else ""))
+        parts.append(box(0, y, STEP_WIDTH, 39, fill, extra=' stroke-width="2"' if flush else ""))
         ink = INK if flush else ""
-        parts.append(text(middle, y + 19, name, bold=True, size=SIZE, fill=ink))
+        parts.append(text(middle, y + 16, name, bold=True, size=SIZE, fill=ink))
         says = STEP_SAYS.get(name, "no page is touched, no TLB is flushed")
-        parts.append(text(middle, y + 38, says, size=SIZE, fill=ink))
+        parts.append(text(middle, y + 33, says, size=SIZE, fill=ink))
         if number + 1 < len(plan):
-            parts.append(text(middle, y + 59, "↓"))
+            parts.append(text(middle, y + 50, "↓", size=SIZE))
     return parts
 
 

@@ -71,7 +71,7 @@ function renderPanel({ model, el, opens }) {
   el.classList.add("kvmbook-panel");
   el.append(element("p", { class: "kvmbook-title" }, title), element("div", { class: "kvmbook-controls" }, ...groups, all), steps.el, figure, readout.el);
   const drawAll = () => { reserve(); draw(); };
-  const watched = new ResizeObserver(() => fit(figure));
+  const watched = new ResizeObserver(() => requestAnimationFrame(() => fit(figure)));
   watched.observe(figure);
   model.on("change:states", drawAll);
   model.on("change:chosen change:moment", draw);

@@ -162,9 +162,11 @@ class Again(Widget):
         return repr(self.panel)
 
 
-def step_through(title: str, view: View) -> Panel:
-    """A panel without settings: one run, moment by moment."""
-    return Panel(title, {}, lambda: view)
+def step_through(picture: Picture, title: str = "Moment by moment") -> Panel:
+    """A run that can be stepped through: a panel without settings. ValueError for a picture that tells no run."""
+    if not picture.moments:
+        raise ValueError("the picture has no moments to step through")
+    return Panel(title, {}, lambda: View(picture, picture.moments[-1]))
 
 
 def counted(flushes: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from kvmbook.model import PAGE_SIZE, Change, MemorySlot
 from kvmbook.scenes import (
@@ -22,12 +23,13 @@ from kvmbook.scenes import (
     harvest,
     listed,
 )
-from kvmbook.views.drawing import INK, LOOK, LOST, Picture, box, svg, text
+from kvmbook.views.drawing import INK, LOOK, LOST, Picture, block, box, svg, text
 from kvmbook.views.panel import Panel, View, counted
 
 # ---- which errno? ----------------------------------------------------------------------------------------------------
 
-FIRST_GFN, MEMORY_LEFT, GFN_WIDTH = 0xC0, 96, 0.93  # where guest memory begins in the picture, and a page's width
+SIZE = 15
+FIRST_GFN, MEMORY_LEFT, GFN_WIDTH = 0xC0, 104, 1.08  # where guest memory begins in the picture, and a page's width
 TICKS = (0x100, 0x180, 0x1C0, 0x200, 0x240, 0x300, 0x380)
 
 
@@ -37,11 +39,13 @@ def _x(gfn: float) -> float:
 
 def slot_parts(slot: MemorySlot, top: float) -> list[str]:
     """One slot in the bar of guest memory."""
-    x, width = _x(slot.base_gfn), slot.npages * GFN_WIDTH
     fill = LOOK["read-only"][0] if slot.readonly else "none"
-    ink, mark = (INK if slot.readonly else ""), "logs" if slot.logs_dirty else "read-only" if slot.readonly else ""
-    parts = [box(x, top, width, 42, fill), text(x + width / 2, top + (18 if mark else 26), f"slot {slot.id}", fill=ink)]
-    return parts + [text(x + width / 2, top + 35, mark, size=13, fill=ink)] * bool(mark)
+    mark = ", logs" if slot.logs_dirty else ", read-only" if slot.readonly else ""
+    long = slot.npages * GFN_WIDTH > 90
+    said = f"slot {slot.id}{mark}" if long else f"slot {slot.id}"
+    middle = _x(slot.base_gfn + slot.npages / 2)
+    bar = box(_x(slot.base_gfn), top, slot.npages * GFN_WIDTH, 30, fill)
+    return [bar, text(middle, top + 20, said, size=SIZE, fill=INK if slot.readonly else "")]
 
 
 def asked_parts(asked: Ask, top: float) -> list[str]:
@@ -49,13 +53,11 @@ def asked_parts(asked: Ask, top: float) -> list[str]:
     gfn, pages = asked.call.guest_phys_addr / PAGE_SIZE, asked.call.memory_size / PAGE_SIZE
     said = f"✕ {asked.error}" if asked.error else "✓ done"
     if not pages:
-        return [text(MEMORY_LEFT, top + 27, f"no range, the size is 0: {said}", anchor="start", bold=True)]
+        return [text(MEMORY_LEFT, top + 20, f"no range, the size is 0: {said}", size=SIZE, anchor="start", bold=True)]
     colour = LOST if asked.error else "currentColor"
     dashes = ' stroke-width="3"' + ' stroke-dasharray="6 3"' * bool(asked.error)
-    middle = _x(gfn + pages / 2)
-    return [box(_x(gfn), top, pages * GFN_WIDTH, 42, "none", stroke=colour, extra=dashes)] + [
-        text(middle, top + 27, said, bold=True, size=13 if pages < 100 else 14)
-    ]
+    bar = box(_x(gfn), top, pages * GFN_WIDTH, 30, "none", stroke=colour, extra=dashes)
+    return [bar, text(_x(gfn + pages / 2), top + 20, said, bold=True, size=SIZE)]
 
 
 def check_parts(asked: Ask, top: float) -> list[str]:
@@ -63,36 +65,38 @@ def check_parts(asked: Ask, top: float) -> list[str]:
     parts = []
     for number, rule in enumerate(RULES, 1):
         column, line = divmod(number - 1, 7)
-        x, y = 8 + column * 436, top + line * 28
+        x, y = 8 + column * CHECK, top + line * 23
         refuses = bool(asked.error) and number == asked.checks
         mark = "✕" if refuses else "✓" if number <= asked.checks else " "
         if refuses:
-            parts.append(box(x, y - 18, 428, 26, LOOK["missed"][0]))
+            parts.append(box(x, y - 16, CHECK - 8, 22, LOOK["missed"][0]))
         ink = INK if refuses else ""
-        parts.append(text(x + 26, y, str(number), anchor="end", fill=ink, bold=refuses))
-        parts.append(text(x + 42, y, mark, fill=ink, bold=True))
-        parts.append(text(x + 56, y, rule.asks, anchor="start", fill=ink, bold=refuses))
+        parts.append(text(x + 26, y, str(number), size=SIZE, anchor="end", fill=ink, bold=refuses))
+        parts.append(text(x + 42, y, mark, size=SIZE, fill=ink, bold=True))
+        parts.append(text(x + 56, y, rule.asks, size=SIZE, anchor="start", fill=ink, bold=refuses))
     return parts
+
+
+CHECK = 494  # the width of a column of checks
 
 
 def ask_picture(asked: Ask) -> Picture:
     """Guest memory before the call and after it, what is asked for, and how far the checks go."""
     r = asked.call
     call = f"slot {r.slot}, flags {r.flags}, guest_phys_addr {r.guest_phys_addr:#x}, memory_size {r.memory_size:#x}"
-    parts = [text(8, 20, call, anchor="start", bold=True)]
-    for label, y in (("before", 40), ("asked for", 90), ("after", 140)):
-        parts.append(text(MEMORY_LEFT - 8, y + 27, label, anchor="end"))
-    parts += [part for slot in asked.before for part in slot_parts(slot, 40)]
-    parts += asked_parts(asked, 90)
-    parts += [part for slot in asked.after for part in slot_parts(slot, 140)]
-    parts += [text(_x(tick), 202, f"{tick:#x}", size=13) for tick in TICKS]
-    parts.append(text(MEMORY_LEFT - 8, 202, "gfn", anchor="end", size=13))
-    parts.append(
-        text(8, 234, "checks: ✓ passed or does not apply, ✕ refuses, no mark: not reached", anchor="start", bold=True)
-    )
+    parts = [text(8, 18, call, size=SIZE, anchor="start", bold=True)]
+    for label, y in (("before", 30), ("asked for", 66), ("after", 102)):
+        parts.append(text(MEMORY_LEFT - 8, y + 20, label, size=SIZE, anchor="end"))
+    parts += [part for slot in asked.before for part in slot_parts(slot, 30)]
+    parts += asked_parts(asked, 66)
+    parts += [part for slot in asked.after for part in slot_parts(slot, 102)]
+    parts += [text(_x(tick), 150, f"{tick:#x}", size=SIZE) for tick in TICKS]
+    parts.append(text(MEMORY_LEFT - 8, 150, "gfn", size=SIZE, anchor="end"))
+    legend = "checks: ✓ passed or does not apply, ✕ refuses, no mark: not reached"
+    parts.append(text(8, 178, legend, size=SIZE, anchor="start", bold=True))
     answer = f"refused with {asked.error} by check {asked.checks}" if asked.error else f"accepted: {asked.says}"
     alt = f"KVM_SET_USER_MEMORY_REGION with {call}: {answer}."
-    return Picture(svg(880, 452, alt, parts + check_parts(asked, 262)), alt)
+    return Picture(svg(2 * CHECK + 8, 356, alt, parts + check_parts(asked, 204)), alt)
 
 
 def ask_readout(asked: Ask) -> str:
@@ -122,9 +126,9 @@ def which_errno() -> Panel:
 
 # ---- a harvest -------------------------------------------------------------------------------------------------------
 
-ROW = 28
-LIVE, BUFFER, SPTE, TLB = 288, 460, 664, 776  # where each group of columns begins
-WORD, LETTER = 54, 32  # widths of their cells
+ROW = 24
+WHO, LIVE, BUFFER, SPTE, TLB = 72, 326, 506, 726, 846  # where each group of columns begins, "who" ends
+WORD, LETTER = 58, 36  # widths of their cells
 
 
 def word_hex(word: int) -> str:
@@ -141,13 +145,13 @@ def _cells(row: Row) -> list[tuple[int, int, str]]:
     return cells + [(TLB + n * LETTER, LETTER, letters[w]) for n, w in enumerate(row.tlb)]
 
 
-def row_parts(row: Row, before: Row | None, y: float) -> list[str]:
+def row_parts(row: Row, before: Row | None) -> list[str]:
     """One line: what changed is framed; a TLB entry that allows more than its SPTE has a broken frame."""
     said = f"⟳ {row.what}" if row.flushed else row.what
     guest = row.who.startswith("vCPU")
     parts = [
-        text(58, y, row.who, anchor="end", bold=guest),
-        text(66, y, said, anchor="start", bold=guest or row.flushed),
+        text(WHO - 6, 0, row.who, size=SIZE, anchor="end", bold=guest),
+        text(WHO + 2, 0, said, size=SIZE, anchor="start", bold=guest or row.flushed),
     ]
     was = [None] * 12 if before is None else [cell[2] for cell in _cells(before)]
     for number, (x, width, said) in enumerate(_cells(row)):
@@ -155,23 +159,24 @@ def row_parts(row: Row, before: Row | None, y: float) -> list[str]:
         stale = number >= 9 and said == "W" and not row.spte[number - 9]
         if stale:
             extra = ' stroke-width="2.5" stroke-dasharray="5 3"'
-            parts.append(box(x + 2, y - 17, width - 4, 23, "none", stroke=LOST, extra=extra))
+            parts.append(box(x + 2, -16, width - 4, 21, "none", stroke=LOST, extra=extra))
         elif changed:
-            parts.append(box(x + 2, y - 17, width - 4, 23, "none"))
+            parts.append(box(x + 2, -16, width - 4, 21, "none"))
         if said != " ":
-            parts.append(text(x + width / 2, y, said, bold=changed))
+            look = "" if changed or before is None else "same"
+            parts.append(block([text(x + width / 2, 0, said, size=SIZE, bold=changed)], look=look))
     return parts
 
 
 def _headings() -> list[str]:
     parts = []
     for left, said in ((LIVE, "live bits"), (BUFFER, "buffer")):
-        parts.append(text(left + 1.5 * WORD, 18, said, bold=True))
-        parts += [text(left + (n + 0.5) * WORD, 36, f"word {n}", size=13) for n in range(3)]
+        parts.append(text(left + 1.5 * WORD, 16, said, size=SIZE, bold=True))
+        parts += [text(left + (n + 0.5) * WORD, 34, f"word {n}", size=SIZE) for n in range(3)]
     for left, said in ((SPTE, "SPTE"), (TLB, "TLB")):
-        parts.append(text(left + 1.5 * LETTER, 18, said, bold=True))
-        parts += [text(left + (n + 0.5) * LETTER, 36, str(page), size=13) for n, page in enumerate(SEEN_PAGES)]
-    return [*parts, text(SPTE - 2, 36, "page", size=13, anchor="end")]
+        parts.append(text(left + 1.5 * LETTER, 16, said, size=SIZE, bold=True))
+        parts += [text(left + (n + 0.5) * LETTER, 34, str(page), size=SIZE) for n, page in enumerate(SEEN_PAGES)]
+    return [*parts, text(SPTE - 2, 34, "page", size=SIZE, anchor="end")]
 
 
 def pages_said(pages: Sequence[int]) -> str:
@@ -183,15 +188,16 @@ def pages_said(pages: Sequence[int]) -> str:
 
 def harvest_picture(seen: Harvest) -> Picture:
     """The bitmap's words, W in SPTEs and TLB, after each step."""
-    parts = _headings()
-    for number, row in enumerate(seen.rows):
-        parts += row_parts(row, seen.rows[number - 1] if number else None, 62 + number * ROW)
-    bottom = 66 + len(seen.rows) * ROW
+    parts, told = _headings(), list[str]()
+    for number, (before, row) in enumerate(pairwise([None, *seen.rows])):
+        assert row is not None
+        parts.append(block(row_parts(row, before), (0, 56 + number * ROW), moment=number))
+        told.append(f"{row.who} {row.what}".strip() + ".")
+    bottom = 52 + len(seen.rows) * ROW
     legend = "frame: changed by this step; broken frame: stale, the TLB still allows what the SPTE does not"
-    parts.append(text(8, bottom + 8, legend, anchor="start", size=13))
-    told = "; ".join(f"{row.who} {row.what}".strip() + " (flush)" * row.flushed for row in seen.rows)
-    alt = f"This report: {pages_said(seen.now)}. The next: {pages_said(seen.next)}. Step by step: {told}."
-    return Picture(svg(880, bottom + 20, alt, parts), alt)
+    parts.append(text(8, bottom + 8, legend, anchor="start", size=SIZE))
+    alt = f"This report: {pages_said(seen.now)}. The next: {pages_said(seen.next)}. Step by step: {' '.join(told)}"
+    return Picture(svg(TLB + 3 * LETTER + 10, bottom + 16, alt, parts), alt, told)
 
 
 def harvest_readout(seen: Harvest) -> str:
@@ -213,4 +219,4 @@ def word_by_word() -> Panel:
         "written before": list(WRITTEN),
         "page 1 is written (again)": list(WHEN),
     }
-    return Panel("A harvest, word by word", settings, show)
+    return Panel("A harvest, word by word", settings, show, unlock=["protocol"])
