@@ -1,7 +1,8 @@
 """Build the book: run the chapters, check what the pages need, and have Jupyter Book make HTML of them.
 
-Usage: book.py [--stored] FOLDER   The pages are FOLDER/_build/html. A chapter is run only if it or the package has
-changed since; ``--stored`` takes the outputs that are stored in the notebooks instead (tests compare those with a run).
+Usage: book.py [--stored] [--binder OWNER/REPO[@REF]] FOLDER   The pages are FOLDER/_build/html. A chapter is run only if it
+or the package has changed since; ``--stored`` takes the outputs that are stored in the notebooks instead (tests compare
+those with a run). With ``--binder`` each chapter links to itself on mybinder.org, in that repository of GitHub's.
 Stops, naming notebook and cell, at whatever would be broken in the pages.
 """
 
@@ -25,7 +26,7 @@ import yaml
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tools import checks, function_map, store_outputs, vendor  # noqa: E402
+from tools import checks, function_map, pages, store_outputs, vendor  # noqa: E402
 
 # ---- the sources of the pages ----------------------------------------------------------------------------------------
 
@@ -39,6 +40,7 @@ def stage(root: pathlib.Path, source: pathlib.Path, stored: bool) -> None:
         write(source / "book/function-map.md", function_map.markdown().encode())
     except function_map.Unparsable as problem:
         raise SystemExit(str(problem)) from None
+    write(source / "static/states.css", pages.states_style().encode())
     vendor.lay_out(source / "static/vendor")
     notebooks = sorted((root / "notebooks").glob("*.ipynb"))
     listed = {root / f"{file}.ipynb" for file in contents(root) if file.startswith("notebooks/")}
@@ -92,18 +94,21 @@ def run(path: pathlib.Path) -> pathlib.Path:
 
 
 def for_the_page(notebook: Any) -> Any:
-    """Our SVG pictures become part of the page, so that they take its colours, light or dark. The words of widgets, which
-    are data there, are put beside them, hidden: Sphinx's search reads them, and nobody sees or hears them twice."""
+    """Our SVG pictures become part of the page, so that they take its colours, light or dark. Beside a widget stand, for who
+    does not see it, the picture of how it begins, if there are no scripts, and its words, which are data in the page,
+    hidden: Sphinx's search reads them, and nobody sees or hears them twice."""
     states = notebook.metadata.get("widgets", {}).get(checks.WIDGET_STATE, {}).get("state", {})
     for cell in notebook.cells:
         for output in list(cell.get("outputs", [])):
-            if drawn := output.get("data", {}).pop("image/svg+xml", ""):
-                one_line = drawn.replace("\n", "")
-                output.data["text/html"] = f'<div class="kvmbook-picture">{one_line}</div>'
-            elif view := output.get("data", {}).get(checks.WIDGET_VIEW):
+            drawn = output.get("data", {}).pop("image/svg+xml", "").replace("\n", "")
+            picture = f'<div class="kvmbook-picture">{drawn}</div>' if drawn else ""
+            if view := output.get("data", {}).get(checks.WIDGET_VIEW):
                 words = html.escape("\n".join(words_of(states.get(view["model_id"], {}).get("state", {}))), quote=False)
-                hidden = {"text/html": f'<div class="kvmbook-words" hidden>{words}</div>'}
-                cell.outputs.append(nbformat.v4.new_output("display_data", hidden))
+                hidden = f'<div class="kvmbook-words" hidden>{words}</div>'
+                still = f"<noscript>{picture}</noscript>" if picture else ""
+                cell.outputs.append(nbformat.v4.new_output("display_data", {"text/html": hidden + still}))
+            elif picture:
+                output.data["text/html"] = picture
     return notebook
 
 
@@ -123,10 +128,12 @@ def words_of(model: dict[str, Any]) -> Iterator[str]:
 # ---- pages -----------------------------------------------------------------------------------------------------------
 
 
-def build(folder: pathlib.Path, stored: bool = False, root: pathlib.Path = ROOT) -> pathlib.Path:
+def build(
+    folder: pathlib.Path, stored: bool = False, root: pathlib.Path = ROOT, binder: str | None = None
+) -> pathlib.Path:
     """Build the pages of the book in ``root`` and return their folder. SystemExit says what is wrong, and where; then there
     are no pages. Nothing of an earlier build is kept, so what is gone from the book is gone from its pages."""
-    source, pages = folder / "source", folder / "_build/html"
+    source, built = folder / "source", folder / "_build/html"
     for old in (source, folder / "_build"):
         shutil.rmtree(old, ignore_errors=True)
     stage(root, source, stored)
@@ -144,12 +151,14 @@ def build(folder: pathlib.Path, stored: bool = False, root: pathlib.Path = ROOT)
     )
     printed = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout + done.stderr).replace(f"{source}/", "")
     wrong = [name_the_cell(line) for line in printed.splitlines() if "WARNING" in line or "ERROR" in line]
-    if not wrong and (done.returncode or not (pages / "index.html").exists()):
+    if not wrong and (done.returncode or not (built / "index.html").exists()):
         wrong = [printed[-3000:]]
-    if wrong := wrong or checks.broken(pages, contents(root), root):
-        shutil.rmtree(pages, ignore_errors=True)
+    if not wrong:
+        pages.finish(built, contents(root), binder)
+    if wrong := wrong or checks.broken(built, contents(root), root):
+        shutil.rmtree(built, ignore_errors=True)
         raise SystemExit("\n".join(["the pages were not built:", *wrong]))
-    return pages
+    return built
 
 
 def name_the_cell(warning: str) -> str:
@@ -161,9 +170,19 @@ def name_the_cell(warning: str) -> str:
     )
 
 
+def repository(written: str) -> str:
+    """OWNER/REPO[@REF], as it is given to ``--binder``."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", written):
+        raise argparse.ArgumentTypeError(f"{written!r} is not OWNER/REPO or OWNER/REPO@REF")
+    return written
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("--stored", action="store_true", help="take the outputs stored in the notebooks; run nothing")
+    parser.add_argument(
+        "--binder", type=repository, metavar="OWNER/REPO[@REF]", help="link each chapter to itself on mybinder.org"
+    )
     options = parser.parse_args()
-    print(build(options.folder.resolve(), options.stored) / "index.html")
+    print(build(options.folder.resolve(), options.stored, binder=options.binder) / "index.html")

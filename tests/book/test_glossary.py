@@ -6,6 +6,9 @@ import re
 
 import pytest
 
+from tools import glossary
+from tools.glossary import slug
+
 ROOT = pathlib.Path(__file__).parent.parent.parent
 GLOSSARY = ROOT / "book/glossary.md"
 PAGES = [path for path in sorted((ROOT / "book").glob("*.md")) if path != GLOSSARY]
@@ -19,11 +22,6 @@ def prose(path):
         return path.read_text()
     cells = json.loads(path.read_text())["cells"]
     return "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
-
-
-def slug(heading):
-    """The anchor of a heading, as Sphinx and JupyterLab's users write it: lower case, "-" for a space, no punctuation."""
-    return re.sub(r"[^\w\- ]", "", heading.lower().strip()).replace(" ", "-")
 
 
 def linked(path):
@@ -74,3 +72,19 @@ def test_a_chapter_links_a_term_once_at_most_and_in_prose(path):
 def test_every_chapter_that_a_page_links_to_exists(path):
     for file in re.findall(r"[(\s](\.\./notebooks/[^)#\s]+\.ipynb)", prose(path)):
         assert (path.parent / file).exists(), file
+
+
+def test_every_term_has_a_definition_without_links_and_without_references():
+    assert list(glossary.definitions()) == [slug(term) for term in terms()]
+    for term, meaning in glossary.definitions().values():
+        assert 5 < len(meaning.split()) < 75 and not re.search(r"[\[\]]|<a |See chapter", meaning), term
+    term, meaning = glossary.definitions()["mmu_lock"]
+    assert term == "mmu_lock" and meaning.startswith("KVM’s lock" if "’" in meaning else "KVM's lock")
+    assert "<code>KVM_GET_DIRTY_LOG</code>" in glossary.definitions()["get"][1]
+
+
+def test_boxes_are_made_once_for_each_word_and_refuse_a_word_that_is_not_there():
+    made = glossary.boxes(["stale", "tlb", "stale"])
+    assert re.findall(r'id="([^"]+)" role="tooltip" hidden', made) == ["word-stale", "word-tlb"]
+    with pytest.raises(KeyError):
+        glossary.boxes(["no-such-word"])

@@ -1,0 +1,79 @@
+"""The index names every chapter, and how long it takes; each chapter leads on, and says what else to read."""
+
+import json
+import pathlib
+import re
+
+import pytest
+
+from tools import book, minutes
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+CHAPTERS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+ROW = re.compile(
+    r"^\| (?P<number>\d+) \| (?:\[(?P<title>[^\]]+)\]\((?P<file>[^)]+)\)|(?P<planned>.+?) \*\(to come\)\*) "
+    r"\| (?P<minutes>\d+|–) \| (?P<able>[^|]+) \|$",
+    re.M,
+)
+
+
+def prose(path):
+    """The Markdown cells of a notebook."""
+    cells = json.loads(path.read_text())["cells"]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+
+
+def rows():
+    return [match.groupdict() for match in ROW.finditer("\n".join(prose(minutes.INDEX)))]
+
+
+def test_the_index_lists_the_chapters_that_are_there_and_marks_those_to_come():
+    found = rows()
+    assert [int(row["number"]) for row in found] == list(range(1, 17))
+    there = [row for row in found if row["file"]]
+    assert [row["file"] for row in there] == [path.name for path in CHAPTERS]
+    assert [f"notebooks/{pathlib.Path(row['file']).stem}" for row in there] == [
+        file for file in book.contents(ROOT) if re.match(r"notebooks/\d", file)
+    ]
+    for row in there:
+        assert prose(ROOT / "notebooks" / row["file"])[0].startswith(f"# {row['number']}. {row['title']}\n"), row
+        assert row["file"].startswith(f"{int(row['number']):02}-")
+    assert {row["minutes"] for row in found if not row["file"]} == {"–"}
+
+
+def test_the_minutes_are_those_of_the_chapters():
+    """If this fails, `python tools/minutes.py --store` writes them anew."""
+    assert {row["file"]: int(row["minutes"]) for row in rows() if row["file"]} == minutes.chapters()
+
+
+def test_stored_minutes_change_nothing_else(tmp_path):
+    copy = tmp_path / "index.ipynb"
+    copy.write_text(re.sub(r"(\.ipynb\) \| )\d+", r"\g<1>1", minutes.INDEX.read_text()))
+    assert copy.read_text() != minutes.INDEX.read_text()
+    minutes.store(copy)
+    assert copy.read_text() == minutes.INDEX.read_text()
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_a_chapter_ends_with_a_link_that_leads_on(path):
+    following = book.contents(ROOT)[book.contents(ROOT).index(f"notebooks/{path.stem}") + 1]
+    heading, *paragraphs = prose(path)[-1].split("\n\n")
+    assert heading == "## Synopsis" and paragraphs[-1].startswith("*Next:* ")
+    targets = [(path.parent / target).resolve() for target in re.findall(r"\]\(([^)#]+)\)", paragraphs[-1])]
+    assert (ROOT / following) in [target.with_suffix("") for target in targets]
+
+
+# Who, [title](address) or *title*, where, year. What it brings.
+READING = re.compile(
+    r"- [A-Z][^\[*]+, (?:\[[^\]]+\]\(https://[^)\s]+\)|\*[^*]+\*), [^.]*(?:\.\w[^.]*)*\b(?:19|20)\d\d\. [A-Z`].+\."
+)
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_a_chapter_has_three_to_five_items_of_further_reading_in_one_form(path):
+    (cell,) = [text for text in prose(path) if text.startswith("## Further reading\n")]
+    _, empty, *items = cell.splitlines()
+    assert empty == "" and 3 <= len(items) <= 5
+    for item in items:
+        assert READING.fullmatch(item), item
+    assert prose(path).index(cell) == len(prose(path)) - 2

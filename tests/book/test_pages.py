@@ -1,0 +1,377 @@
+"""What a page gets beside what its chapter says: meanings of words, colours, places to break, folds, a link to Binder."""
+
+import argparse
+import re
+
+import nbformat
+import pytest
+from bs4 import BeautifulSoup
+from nbformat.v4 import new_code_cell, new_notebook, new_output
+
+from tools import book, checks, glossary, pages, vendor
+from tools.browser import open_drawn
+
+ROOT = book.ROOT
+FIRST = "notebooks/01-a-write-that-nobody-saw"
+PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
+SHOWN = ".kvmbook-meaning:not([hidden])"
+
+
+@pytest.fixture(scope="module")
+def built():
+    """The pages, with links to Binder."""
+    return book.build(ROOT / "build/test-pages", stored=True, binder="owner/repo@v1/x")
+
+
+@pytest.fixture
+def home(built):
+    return f"{built.as_uri()}/"
+
+
+def article(built, file):
+    return BeautifulSoup((built / f"{file}.html").read_text(), "html.parser").article
+
+
+def luminance(colour):
+    """Of "#rrggbb" or "rgb(r, g, b)", as WCAG defines it."""
+    numbers = (
+        [int(colour[at : at + 2], 16) for at in (1, 3, 5)] if colour[0] == "#" else map(int, re.findall(r"\d+", colour))
+    )
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (n / 255 for n in numbers)]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one, other):
+    dark, light = sorted([luminance(one), luminance(other)])
+    return (light + 0.05) / (dark + 0.05)
+
+
+# ---- words of the glossary -------------------------------------------------------------------------------------------
+
+
+def test_every_link_to_the_glossary_carries_the_meaning_of_its_word(built):
+    for file in book.contents(ROOT):
+        links = article(built, file).find_all("a", href=re.compile(r"glossary\.html#"))
+        boxes = {box["id"]: box.get_text() for box in article(built, file).select(".kvmbook-meaning")}
+        assert {f"word-{link['data-word']}" for link in links} == set(boxes), file
+        for link in links:
+            term, meaning = glossary.definitions()[link["data-word"]]
+            said = BeautifulSoup(f"{term} {meaning}", "html.parser").get_text()
+            assert boxes[f"word-{link['data-word']}"] == said
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_pointer_shows_a_meaning_which_stays_while_it_is_there(visit, home, scheme):
+    seen = visit(home, color_scheme=scheme, viewport={"width": 1366, "height": 768})
+    open_drawn(seen.page, f"{home}{FIRST}.html")
+    word, box = seen.page.locator("[data-word=spte]").first, seen.page.locator(SHOWN)
+    assert box.count() == 0
+    word.hover()
+    assert box.get_attribute("role") == "tooltip" and "64-bit word" in box.inner_text()
+    assert word.get_attribute("aria-describedby") == box.get_attribute("id")
+    place = box.bounding_box()
+    seen.page.mouse.move(place["x"] + 30, place["y"] + place["height"] / 2, steps=5)
+    seen.page.wait_for_timeout(700)
+    assert box.count() == 1
+    colours = box.evaluate("box => [getComputedStyle(box).color, getComputedStyle(box).backgroundColor]")
+    assert contrast(*colours) >= 4.5
+    seen.clean()
+    vendor.fetch(ROOT / "build/vendor")
+    seen.page.evaluate((ROOT / "build/vendor/axe-core/axe.min.js").read_text())
+    assert not seen.page.evaluate("axe.run('.kvmbook-meaning:not([hidden])').then(done => done.violations)")
+    seen.page.mouse.move(5, 5)
+    seen.page.wait_for_timeout(700)
+    assert box.count() == 0
+
+
+def test_the_keyboard_shows_a_meaning_and_escape_closes_it(visit, home):
+    seen = visit(home)
+    open_drawn(seen.page, f"{home}{FIRST}.html")
+    box = seen.page.locator(SHOWN)
+    seen.page.locator("[data-word=tlb]").first.focus()
+    assert "Translation lookaside buffer" in box.inner_text()
+    seen.page.keyboard.press("Escape")
+    assert box.count() == 0
+    assert seen.page.evaluate("document.activeElement.dataset.word") == "tlb"
+    seen.page.keyboard.press("Tab")
+    assert seen.page.evaluate("document.activeElement.dataset.word !== 'tlb'")
+    seen.page.keyboard.press("Shift+Tab")
+    assert box.count() == 1
+    seen.page.keyboard.press("Enter")
+    seen.page.wait_for_url("**/book/glossary.html#tlb")
+    seen.clean()
+
+
+def test_the_first_tap_shows_a_meaning_and_the_second_follows_the_link(visit, home):
+    seen = visit(home, **PHONE)
+    open_drawn(seen.page, f"{home}{FIRST}.html")
+    word, other, box = (seen.page.locator(s).first for s in ("[data-word=spte]", "[data-word=tlb]", SHOWN))
+    word.tap()
+    place = box.bounding_box()
+    assert place["x"] >= 0 and place["x"] + place["width"] <= 390
+    assert seen.page.url.endswith("saw.html")
+    other.tap()
+    assert "Translation lookaside buffer" in box.inner_text()
+    seen.page.locator("article h1").tap()
+    seen.page.wait_for_timeout(500)
+    assert seen.page.locator(SHOWN).count() == 0
+    word.tap()
+    word.tap()
+    seen.page.wait_for_url("**/book/glossary.html#spte")
+    seen.clean()
+
+
+# ---- colours ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_state_in_prose_has_the_colour_of_the_pictures(visit, built, home):
+    found = {}
+    for file in book.contents(ROOT):
+        for word in article(built, file).select(".kvmbook-state"):
+            assert word.name in ("em", "strong") and pages.is_chapter(file)
+            found[word.get_text()] = file
+    assert {"writable", "clean", "write-protected", "access-tracked", "read-only"} <= set(found) <= set(pages.STATES)
+    for scheme in ("light", "dark"):
+        for state, file in found.items():
+            seen = visit(home, color_scheme=scheme)
+            seen.page.goto(f"{home}{file}.html")
+            word = seen.page.locator(f".kvmbook-state-{state}").first
+            ink, ground = word.evaluate("e => [getComputedStyle(e).color, getComputedStyle(e).backgroundColor]")
+            assert luminance(ground) == luminance(pages.STATES[state]) and contrast(ink, ground) >= 4.5
+            seen.context.close()
+
+
+def test_the_ink_is_legible_on_the_colour_of_every_state():
+    (ink,) = re.findall(r"\.kvmbook-state { color: (#\w+); }", pages.states_style())
+    for state, fill in pages.STATES.items():
+        assert contrast(ink, fill) >= 4.5, state
+        assert f".kvmbook-state-{state} {{ background: {fill}; }}" in pages.states_style()
+
+
+def test_only_a_word_that_is_a_state_as_a_whole_is_coloured():
+    soup = BeautifulSoup("<p><em>read-only</em> <em>read-only slot</em> writable <code>clean</code></p>", "html.parser")
+    pages.colour_states(soup)
+    assert [word.get_text() for word in soup.select(".kvmbook-state")] == ["read-only"]
+
+
+COLOURS = """() => {
+  const probe = document.createElement('span');
+  probe.style.cssText = 'color: var(--kvmbook-lost); background: var(--kvmbook-ground)';
+  document.querySelector('article').append(probe);
+  const style = getComputedStyle(probe);
+  return [style.color, style.backgroundColor, getComputedStyle(document.body).backgroundColor];
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_lost_is_legible_on_the_ground_of_the_page_and_so_is_a_link_under_the_pointer(visit, home, scheme):
+    seen = visit(home, color_scheme=scheme)
+    seen.page.goto(f"{home}{FIRST}.html")
+    assert seen.page.evaluate("document.documentElement.dataset.theme") == scheme
+    lost, ground, page = seen.page.evaluate(COLOURS)
+    assert ground == page and contrast(lost, ground) >= 4.5
+    link = seen.page.locator("article p a").first
+    link.hover()
+    assert contrast(link.evaluate("link => getComputedStyle(link).color"), ground) >= 4.5
+
+
+@pytest.mark.parametrize("file", [file for file in book.contents(ROOT) if file.startswith("notebooks/")])
+def test_in_the_dark_no_result_stands_on_a_pale_ground_but_plots(visit, home, file):
+    seen = visit(home, color_scheme="dark")
+    open_drawn(seen.page, f"{home}{file}.html")
+    grounds = seen.page.locator(
+        "div.cell_output :is(.output, .text_html, .widget-subarea, .kvmbook-panel)"
+    ).evaluate_all("all => all.map(one => getComputedStyle(one).backgroundColor)")
+    assert grounds
+    for ground in set(grounds) - {"rgba(0, 0, 0, 0)"}:
+        assert luminance(ground) < 0.1, ground
+
+
+# ---- names and results on a phone ------------------------------------------------------------------------------------
+
+
+def test_a_long_name_breaks_after_a_slash_or_an_underscore_only():
+    soup = BeautifulSoup(
+        '<h3>arch/x86/kvm/mmu/mmu.c</h3><code class="literal"><span class="pre">_kvm_mmu_slot_flush()</span></code>'
+        '<code class="literal">mmu_lock</code><code>kvm_mmu_slot_flush()</code><h2>Two ways without A/D bits</h2>',
+        "html.parser",
+    )
+    pages.break_names(soup)
+    assert str(soup) == (
+        '<h3>arch/<wbr/>x86/<wbr/>kvm/<wbr/>mmu/<wbr/>mmu.c</h3><code class="literal"><span class="pre">'
+        "_kvm_<wbr/>mmu_<wbr/>slot_<wbr/>flush()</span></code>"
+        '<code class="literal">mmu_lock</code><code>kvm_mmu_slot_flush()</code><h2>Two ways without A/D bits</h2>'
+    )
+
+
+IN_THE_MIDDLE = """() => [...document.querySelectorAll('article code.literal, article h3')].flatMap(name => {
+  const broken = [];
+  const walker = document.createTreeWalker(name, NodeFilter.SHOW_TEXT);
+  for (let node; (node = walker.nextNode());) {
+    for (const word of node.data.matchAll(/[A-Za-z0-9]+/g)) {
+      const range = document.createRange();
+      range.setStart(node, word.index);
+      range.setEnd(node, word.index + word[0].length);
+      const lines = [...range.getClientRects()].filter(line => line.width).map(line => Math.round(line.top));
+      if (new Set(lines).size > 1) broken.push(word[0]);
+    }
+  }
+  return broken;
+})"""
+
+
+def test_on_a_phone_no_name_breaks_in_the_middle_of_a_word_and_no_page_scrolls_sideways(visit, home):
+    seen = visit(home, **PHONE)
+    for file in book.contents(ROOT):
+        open_drawn(seen.page, f"{home}{file}.html")
+        seen.page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
+        assert seen.page.evaluate("document.documentElement.scrollWidth") <= 390, file
+        assert not seen.page.evaluate(IN_THE_MIDDLE), file
+
+
+def test_on_a_phone_printed_text_keeps_its_columns_and_scrolls_by_itself(visit, home):
+    seen = visit(home, **PHONE)
+    wide = 0
+    for file in (file for file in book.contents(ROOT) if pages.is_chapter(file)):
+        open_drawn(seen.page, f"{home}{file}.html")
+        seen.page.wait_for_timeout(400)  # the theme says which boxes the keyboard enters
+        for printed in seen.page.locator("div.cell_output pre").all():
+            assert printed.get_attribute("role") == "group" and printed.get_attribute("aria-label") == "printed output"
+            said = printed.evaluate(
+                "e => [e.textContent.trimEnd().split('\\n').length, e.scrollWidth > e.clientWidth,"
+                " e.tabIndex, getComputedStyle(e).whiteSpace, getComputedStyle(e).overflowX]"
+            )
+            assert said[3:] == ["pre", "auto"] and (not said[1] or said[2] == 0), file
+            wide += said[1]
+    assert wide
+    seen.clean()
+
+
+def test_axe_finds_nothing_on_a_phone_beside_the_panels(visit, home):
+    vendor.fetch(ROOT / "build/vendor")
+    axe = (ROOT / "build/vendor/axe-core/axe.min.js").read_text()
+    for file in (FIRST, "book/function-map", "notebooks/index"):
+        seen = visit(home, **PHONE)
+        open_drawn(seen.page, f"{home}{file}.html")
+        seen.page.evaluate("document.querySelectorAll('.kvmbook-fold').forEach(one => one.open = true)")
+        seen.page.wait_for_timeout(400)
+        seen.page.evaluate(axe)
+        found = seen.page.evaluate(
+            "axe.run({include: 'article', exclude: '.kvmbook-panel'}).then(done => done.violations)"
+        )
+        assert not [(v["id"], node["html"][:200]) for v in found for node in v["nodes"]], file
+
+
+# ---- the function map ------------------------------------------------------------------------------------------------
+
+MAP = "book/function-map.html"
+
+
+def test_each_file_of_the_function_map_is_folded_below_its_heading(built):
+    folds = article(built, "book/function-map").select("section > details.kvmbook-fold")
+    assert len(folds) > 20 and not any("open" in fold.attrs for fold in folds)
+    for fold in folds:
+        assert fold.summary.h3 and fold.select("tbody tr") and fold.parent["id"]
+
+
+def test_a_link_to_a_file_or_a_row_of_the_function_map_opens_it(visit, home):
+    seen = visit(home)
+    seen.page.goto(f"{home}{MAP}#kvm_age_gfn")
+    row = seen.page.locator("tr#kvm_age_gfn")
+    row.wait_for(state="visible")
+    assert row.evaluate("row => row.getBoundingClientRect().top") < 700
+    assert seen.page.locator(".kvmbook-fold[open]").count() == 1
+    seen.page.evaluate("location.hash = '#arch-x86-kvm-mmu-spte-h'")
+    seen.page.locator("tr#is_writable_pte").wait_for(state="visible")
+    heading = seen.page.locator("#arch-x86-kvm-mmu-spte-h summary")
+    heading.focus()
+    seen.page.keyboard.press("Enter")
+    assert not seen.page.locator("tr#is_writable_pte").is_visible()
+    seen.clean()
+
+
+def test_a_search_of_the_book_opens_what_it_found_in_the_function_map(visit, home):
+    seen = visit(home)
+    seen.page.goto(f"{home}search.html?q=kvm_age_gfn")
+    seen.page.locator("#search-results a[href*='function-map']").first.click()
+    seen.page.locator("tr#kvm_age_gfn").wait_for(state="visible")
+    assert "highlighted" in seen.page.locator("tr#kvm_age_gfn code").first.get_attribute("class")
+    seen.clean()
+
+
+def test_the_whole_function_map_is_printed(visit, home):
+    seen = visit(home)
+    seen.page.goto(f"{home}{MAP}")
+    seen.page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert seen.page.locator(".kvmbook-fold:not([open])").count() == 0
+
+
+# ---- without scripts -------------------------------------------------------------------------------------------------
+
+
+def with_a_still_picture():
+    """A notebook whose one output is a widget and the picture of how it begins."""
+    shown = {
+        checks.WIDGET_VIEW: {"model_id": "1", "version_major": 2, "version_minor": 1},
+        "image/svg+xml": '<svg role="img">\n<title>How it begins.</title></svg>',
+    }
+    notebook = new_notebook(cells=[new_code_cell("panel", outputs=[new_output("display_data", shown)])])
+    state = {"_esm": "...", "title": "A panel", "settings": [], "states": {}}
+    notebook.metadata["widgets"] = {checks.WIDGET_STATE: {"state": {"1": {"state": state}}}}
+    return notebook
+
+
+def test_a_widget_has_its_still_picture_for_pages_without_scripts():
+    widget, beside = book.for_the_page(with_a_still_picture()).cells[0].outputs
+    assert set(widget.data) == {checks.WIDGET_VIEW}
+    assert beside.data["text/html"].endswith(
+        '<noscript><div class="kvmbook-picture"><svg role="img"><title>How it begins.</title></svg></div></noscript>'
+    )
+    assert '<div class="kvmbook-words" hidden>A panel' in beside.data["text/html"]
+
+
+def test_without_scripts_the_still_picture_is_shown_and_with_them_it_is_not(visit, home, built):
+    stored = nbformat.read(ROOT / f"{FIRST}.ipynb", as_version=4)
+    carried = [
+        output
+        for cell in stored.cells
+        for output in cell.get("outputs", [])
+        if {checks.WIDGET_VIEW, "image/svg+xml"} <= set(output.get("data", {}))
+    ]
+    assert len(article(built, FIRST).find_all("noscript")) == len(carried)
+    bare = visit(home, java_script_enabled=False)
+    bare.page.goto(f"{home}{FIRST}.html")
+    assert bare.page.locator("noscript svg").count() == len(carried)
+    seen = visit(home)
+    open_drawn(seen.page, f"{home}{FIRST}.html")
+    assert seen.page.locator("noscript svg").count() == 0
+
+
+# ---- Binder ----------------------------------------------------------------------------------------------------------
+
+
+def test_each_chapter_can_be_run_on_binder_by_a_plain_link(built):
+    for file in book.contents(ROOT):
+        links = article(built, file).find_all("a", href=re.compile("mybinder"))
+        assert len(links) == pages.is_chapter(file)
+        if links:
+            address = f"https://mybinder.org/v2/gh/owner/repo/v1%2Fx?urlpath=lab/tree/{file}.ipynb"
+            assert links[0]["href"] == address and links[0].get_text() == "Run this chapter on Binder"
+            assert links[0].parent.find_previous_sibling().name == "h1"
+
+
+def test_binder_is_not_named_unless_it_is_asked_for(tmp_path):
+    page = tmp_path / f"{FIRST}.html"
+    page.parent.mkdir()
+    page.write_text('<html><article class="bd-article"><h1>One</h1></article></html>')
+    pages.finish(tmp_path, [FIRST])
+    assert "binder" not in page.read_text()
+    pages.finish(tmp_path, [FIRST], "a/b")
+    assert "https://mybinder.org/v2/gh/a/b/HEAD?urlpath=lab/tree/" in page.read_text()
+
+
+def test_a_repository_of_another_form_is_refused():
+    assert book.repository("owner/repo@v1.0") == "owner/repo@v1.0"
+    for wrong in ("repo", "https://github.com/owner/repo", "owner/repo@", "a/b@c d"):
+        with pytest.raises(argparse.ArgumentTypeError, match="OWNER/REPO"):
+            book.repository(wrong)

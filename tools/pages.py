@@ -1,0 +1,158 @@
+"""What a built page gets that its chapter does not say and Sphinx does not do.
+
+Words of the glossary carry their meaning, words that a picture colours its colour, long names places to break, printed
+output a name for who hears the page; the function map folds by file. A chapter can have a link that runs it on Binder.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import re
+from html import escape
+from urllib.parse import quote
+
+from bs4 import BeautifulSoup, Tag
+from docutils.nodes import make_id
+
+from kvmbook import views
+from tools import glossary
+
+STATES = {state: fill for state, (fill, _) in views.drawing.LOOK.items() if fill != "none"}
+LONG = 12  # letters; a name with no more is never broken
+FUNCTION_MAP, GLOSSARY = "book/function-map", "book/glossary"
+
+
+def finish(pages: pathlib.Path, files: list[str], binder: str | None = None) -> None:
+    """Finish the built pages ``files`` (without suffix). ``binder``: OWNER/REPO[@ref] of the book, or nothing."""
+    for file in files:
+        path = pages / f"{file}.html"
+        before, article, after = re.split(r"(<article\b.*</article>)", path.read_text(), flags=re.S)
+        soup = BeautifulSoup(article, "html.parser")
+        if file != GLOSSARY:
+            explain_words(soup)
+        if is_chapter(file):
+            colour_states(soup)
+            if binder:
+                offer_binder(soup, binder, file)
+        if file == FUNCTION_MAP:
+            name_rows(soup)
+            fold(soup)
+        break_names(soup)
+        name_outputs(soup)
+        path.write_text(before + str(soup) + after)
+
+
+def is_chapter(file: str) -> bool:
+    """Whether a page is a chapter of the book, and not its front page or an appendix."""
+    return re.match(r"notebooks/\d", file) is not None
+
+
+def parsed(written: str) -> Tag:
+    """One element, from HTML."""
+    element = BeautifulSoup(written, "html.parser").find(True)
+    assert isinstance(element, Tag), written
+    return element
+
+
+# ---- words -----------------------------------------------------------------------------------------------------------
+
+
+def explain_words(soup: BeautifulSoup) -> None:
+    """Links to the glossary carry the meaning of their word, in a box that glossary.js shows."""
+    anchors = {make_id(term): anchor for anchor, (term, _) in glossary.definitions().items()}
+    found = []
+    for link in soup.find_all("a", href=re.compile(r"(^|/)glossary\.html#")):
+        if anchor := anchors.get(str(link["href"]).partition("#")[2]):
+            link["data-word"] = anchor
+            found.append(anchor)
+    if found:
+        words = parsed(f"<div>{glossary.boxes(found)}</div>")
+        article = soup.find("article")
+        assert isinstance(article, Tag)
+        article.append(words)
+
+
+def colour_states(soup: BeautifulSoup) -> None:
+    """A word in italics or bold that is a state of the pictures has the ground that the state has there."""
+    for word in soup.find_all(["em", "strong"]):
+        state = word.get_text()
+        if state in STATES:
+            word["class"] = ["kvmbook-state", f"kvmbook-state-{state}"]
+
+
+def states_style() -> str:
+    """The style of these words: the colours of the pictures."""
+    rules = [f".kvmbook-state-{state} {{ background: {fill}; }}" for state, fill in STATES.items()]
+    return "\n".join([f".kvmbook-state {{ color: {views.drawing.INK}; }}", *rules, ""])
+
+
+def break_names(soup: BeautifulSoup) -> None:
+    """A long name or path can break after "/" and "_", and nowhere else."""
+    for place in soup.select("code.literal, .kvmbook-results code, h2, h3"):
+        for written in place.find_all(string=re.compile(r"[/_]")):
+            first, *others = breakable(str(written))
+            for part in others:
+                written.insert_before(first)
+                written.insert_before(soup.new_tag("wbr"))
+                first = part
+            written.replace_with(first)
+
+
+def breakable(written: str) -> list[str]:
+    """Text, cut where it can break: inside of its long names."""
+    parts = [""]
+    for word in re.split(r"(\s+)", written):
+        first, *others = re.split(r"(?<=[^\W_][/_])(?=[^/_])", word) if len(word) > LONG else [word]
+        parts[-1] += first
+        parts += others
+    return parts
+
+
+def name_outputs(soup: BeautifulSoup) -> None:
+    """What a cell printed scrolls in its own box, which the keyboard can reach and a screen reader names."""
+    for printed in soup.select("div.cell_output pre"):
+        printed.attrs |= {"tabindex": "0", "role": "group", "aria-label": "printed output"}
+
+
+def offer_binder(soup: BeautifulSoup, repository: str, file: str) -> None:
+    """A link below the chapter's title that opens it on Binder. A plain link: nothing is loaded."""
+    title = soup.find("h1")
+    assert isinstance(title, Tag), file
+    link = f'<a href="{escape(binder_address(repository, file))}">Run this chapter on Binder</a>'
+    title.insert_after(parsed(f'<p class="kvmbook-binder">{link}</p>'))
+
+
+def binder_address(repository: str, file: str) -> str:
+    """Where Binder runs a chapter of OWNER/REPO[@ref]."""
+    name, _, ref = repository.partition("@")
+    return f"https://mybinder.org/v2/gh/{name}/{quote(ref or 'HEAD', safe='')}?urlpath=lab/tree/{quote(file)}.ipynb"
+
+
+# ---- the function map ------------------------------------------------------------------------------------------------
+
+
+def name_rows(soup: BeautifulSoup) -> None:
+    """The rows of the kernel's names can be linked to: ``function-map.html#kvm_age_gfn``; a second of a name ends in "-2"."""
+    taken = {str(tag["id"]) for tag in soup.find_all(id=True)}
+    for row in soup.select("#from-the-kernel-to-kvmbook tbody tr"):
+        cell = row.find("td")
+        assert isinstance(cell, Tag)
+        name = cell.get_text().split()[-1].removesuffix("()")
+        numbered = (name if number == 1 else f"{name}-{number}" for number in range(1, len(taken) + 2))
+        row["id"] = next(one for one in numbered if one not in taken)
+        taken.add(row["id"])
+
+
+def fold(soup: BeautifulSoup) -> None:
+    """Each file, and each room, is folded below its heading; kvmbook.js opens it for whoever looks for something in it."""
+    for section in soup.select("section section > section"):
+        heading = section.find("h3")
+        assert isinstance(heading, Tag)
+        rows = len(section.select("tbody tr"))
+        below = [part for part in heading.next_siblings]
+        details = parsed('<details class="kvmbook-fold"><summary></summary></details>')
+        heading.insert_before(details)
+        summary = details.find("summary")
+        assert isinstance(summary, Tag)
+        summary.extend([heading, parsed(f'<span class="kvmbook-count">{rows} name{"s" * (rows != 1)}</span>')])
+        details.extend(below)
