@@ -21,8 +21,8 @@ WINGS = {
     "search": ["schedule", "cells", "tables", "space", "explore", "products", "anynumber", "flush_rules"],
     "scenes": ["enabling", "slots", "words", "decoding", "runs"],
     "views": [
-        "scripts", "results", "figures", "word_figures", "run_figures", "panel", "enabling_panels", "slot_panels",
-        "rules_panel", "inspector", "scheduler", "quiz",
+        "scripts", "results", "drawing", "figures", "word_figures", "run_figures", "widget", "panel", "enabling_panels",
+        "slot_panels", "rules_panel", "inspector", "scheduler", "quiz", "guess", "guess",
     ],
     "exercises": ["mechanism", "vms", "ch01", "ch02", "ch03", "ch08", "ch10", "ch11"],
 }  # fmt: skip

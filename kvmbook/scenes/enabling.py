@@ -137,7 +137,7 @@ class _Told:
         """vCPU 0 writes all pages, then user space gets the dirty log. Returns the fate of each page."""
         outcome, *_ = [self.vm.vcpu[0].write(gfn) for gfn in gfns]
         lost = gfns.start in self.vm.missed_dirty(0)
-        seen = "✓ in the PML buffer" if outcome in ANSWERED else f"✓ {outcome}"
+        seen = "✓ PML notes it" if outcome in ANSWERED else f"✓ {outcome}"
         self.then("vCPU 0", "writes", "✕ sees nothing" if lost else seen, outcome)
         report = self.vm.get_dirty_log(0)
         self.then("user space", "harvests", "reports page 0" if report[0] else "reports nothing")

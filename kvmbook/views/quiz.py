@@ -18,7 +18,7 @@ class Quiz(Widget):
     """
 
     _esm = script("quiz")
-    _css = style()
+    _css = style("quiz")
     asked = traitlets.Unicode().tag(sync=True)
     options = traitlets.List(traitlets.Unicode()).tag(sync=True)
     answer = traitlets.Unicode().tag(sync=True)

@@ -20,7 +20,7 @@ DASHED, PALE = ' stroke-width="3" stroke-dasharray="6 3"', ' stroke-opacity="0.5
 # ---- a run as a sequence diagram -------------------------------------------------------------------------------------
 
 ROW, TOP, SIZE = 20, 40, 15
-SAID, LANE, ROOM = 330, 56, 33  # widths: of what a step is called, of an actor's lane; letters that a name may have
+SAID, LANE, ROOM = 330, 56, 34  # widths: of what a step is called, of an actor's lane; letters that a name may have
 STATE, BIT, GAP = 130, 40, 6  # widths of a column for a state, of one for a bit, and between two
 PASSES, STALE = ("clear_dirty", "write_protect"), "stale: "
 HERE = {"TLB": "lets it pass", "SPTE": "walk", "KVM": "fault"}  # said in the column where an access is answered
@@ -301,7 +301,9 @@ def _boards_parts(board: _Board) -> list[str]:
 
 def _badge(x: float, y: float, said: str) -> list[str]:
     wide = 12 + 8 * len(said)
-    around = f'<rect x="{x - wide / 2:.1f}" y="{y - 10:.1f}" width="{wide}" height="20" rx="10" fill="{LOST}"/>'
+    around = (
+        f'<rect x="{x - wide / 2:.1f}" y="{y - 10:.1f}" width="{wide}" height="20" rx="10" fill="{LOOK["missed"][0]}"/>'
+    )
     return [around, text(round(x, 1), round(y + 5, 1), said, size=13, bold=True, fill=INK)]
 
 

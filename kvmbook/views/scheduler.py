@@ -19,7 +19,7 @@ from kvmbook.search import Grain, explore
 from kvmbook.views.drawing import INK, LOOK, Picture, framed
 from kvmbook.views.panel import WHOLE, Panel, View
 from kvmbook.views.run_figures import trace_picture
-from kvmbook.views.scripts import script
+from kvmbook.views.scripts import script, style
 
 SETTINGS = {"A/D bits": list(HARDWARE), "flush rule": ["if changed", "always"]}
 ACTORS = ("vCPU0", "KVM for vCPU0", "host", "user space")
@@ -94,6 +94,7 @@ class SchedulerPanel(Panel):
     """
 
     _esm = script("scheduler")
+    _css = style("scheduler")
     path: Any = traitlets.List().tag(sync=True)
     asked = traitlets.Unicode().tag(sync=True)
     words = traitlets.Dict().tag(sync=True)

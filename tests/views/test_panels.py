@@ -1,10 +1,12 @@
 """Panels carry what the model says, for every combination; pictures are deterministic and say what they show."""
 
 import pytest
+from drawn import moment, overlapping
 
-from kvmbook import FlushPolicy, Hardware, Kernel, scenes
+from kvmbook import FlushPolicy, Hardware, Kernel, Vm, scenes
+from kvmbook.model import Outcome
 from kvmbook.search import Grain, explore
-from kvmbook.views import Panel, View, figures, lose_a_write, search_progress, who_flushes_where
+from kvmbook.views import Panel, View, drawing, lose_a_write, search_progress, step_through, who_flushes_where
 
 NO_AD = Hardware.ept(ad_bits=False)
 
@@ -25,8 +27,90 @@ def test_the_first_view_is_the_lost_write_and_either_toggle_saves_it():
     panel = lose_a_write()
     assert panel.readout.startswith("16 of 16 writes are missed")
     assert panel.choose(A_D_bits="on").startswith("All 16 writes are reported")
-    assert panel.choose(A_D_bits="off", flush_when_enabling="always").startswith("All 16 writes are reported")
-    assert "flush when enabling: always" in repr(panel)
+    assert panel.choose(A_D_bits="off", flush_rule="always").startswith("All 16 writes are reported")
+    assert "flush rule: always" in repr(panel)
+
+
+def test_each_moment_of_a_scene_is_the_models():
+    """Each column of the timeline is what a VM is like that has done only the steps up to there."""
+    panel = lose_a_write()
+    for flush, ad_bits, touched in panel.combinations():
+        state = panel.states[" | ".join((flush, ad_bits, touched))]
+        vm = Vm(scenes.HARDWARE[ad_bits], Kernel.v5_19.with_(flush=FlushPolicy(flush)), vcpus=2)
+        vm.set_user_memory_region(slot=0, base_gfn=0x200, npages=16)
+        kind = scenes.TOUCHES[touched]
+        steps = {
+            "vCPU 0 reads": lambda vm=vm: [vm.vcpu[0].read(gfn) for gfn in range(0x200, 0x210)],
+            "host ages": lambda vm=vm: vm.clear_young(0x200, 0x210),
+            f"vCPU 1 {kind}s page 0": lambda vm=vm, kind=kind: [vm.vcpu[1].complete(kind, 0x200)],
+            "user space enables logging": lambda vm=vm: vm.set_user_memory_region(0, 0x200, 16, log_dirty_pages=True),
+            "vCPU 0 writes": lambda vm=vm: [vm.vcpu[0].write(gfn) for gfn in range(0x200, 0x210)],
+            "user space harvests": lambda vm=vm: vm.get_dirty_log(0),
+        }
+        if not kind:
+            del steps["vCPU 1 Nones page 0"]
+        assert len(state["moments"]) == len(steps)
+        for number, (said, do) in enumerate(steps.items()):
+            outcome = do()
+            spte = scenes.spte_state(vm.fmt, vm.spte(0x200))
+            entry = vm.vcpu[0].tlb.lookup("L1", 0x200)
+            tlb = "empty" if entry is None else "write-protected" if not entry.write else "writable"
+            tlb = "clean" if tlb == "writable" and not entry.dirty else tlb
+            sentence = state["moments"][number]
+            assert sentence.startswith(said) and sentence.endswith(f"SPTE: {spte}.")
+            assert f"TLB: {tlb}." in sentence or f"TLB: stale, {tlb}." in sentence
+            texts = [text for group in moment(state["svg"], number) for text in group]
+            assert spte in texts and {tlb, f"stale, {tlb}"} & set(texts)
+            if said.startswith("vCPU"):
+                answers = {Outcome.HIT: "The TLB lets it pass", Outcome.WALK: "The CPU walks"}
+                assert answers.get(outcome[0], "It faults") in sentence
+
+
+def test_ageing_changes_the_picture_also_with_ad_bits():
+    state = lose_a_write().states["if changed | on | nobody"]
+    assert "RWX A D MW" in moment(state["svg"], 0)[0]
+    assert "RWX - D MW" in moment(state["svg"], 1)[0]
+
+
+@pytest.mark.parametrize("make", [lose_a_write, who_flushes_where])
+def test_no_text_runs_into_another_in_either_form(make):
+    for state in make().states.values():
+        picture = drawing.Picture(state["svg"], "")
+        assert not overlapping(picture) and not overlapping(picture, narrow=True)
+
+
+def test_a_panel_is_stepped_through():
+    panel = lose_a_write()
+    whole = panel.readout
+    for number, sentence in enumerate(panel.moments):
+        assert panel.step(number) == panel.readout == sentence
+    assert panel.choose(touched_again_before_enabling="vCPU 1 reads page 0") == panel.moments[4]  # the place is kept
+    assert panel.choose(touched_again_before_enabling="nobody") == sentence
+    assert panel.step(-1) == whole
+    for wrong in (5, -2):
+        with pytest.raises(ValueError, match="the run has moments 0 to 4"):
+            panel.step(wrong)
+    with pytest.raises(ValueError, match="no moments"):
+        step_through(drawing.Picture("<svg/>", "nothing"))
+
+
+def test_the_text_unlocks_a_setting():
+    panel = lose_a_write()
+    assert panel.locked == ["A/D bits", "touched again before enabling"]
+    again = panel.unlock("A/D bits")
+    assert again.panel is panel and again.opens == ["A/D bits"] and repr(again) == repr(panel)
+    for wrong in (lambda: panel.unlock("A/D"), lambda: Panel("p", {"n": ["1"]}, None, carry=False, unlock=["m"])):
+        with pytest.raises(ValueError, match="the settings are"):
+            wrong()
+
+
+def test_a_widgets_output_carries_a_picture_of_how_it_begins():
+    panel = lose_a_write()
+    panel.choose(flush_rule="always")
+    data, _ = panel._repr_mimebundle_()
+    first = panel.states["if changed | off | nobody"]
+    assert data["image/svg+xml"] == panel.still().svg and first["readout"] in panel.still().svg
+    assert "Lose a write" in data["image/svg+xml"] and first["svg"].split("<title>")[1] in data["image/svg+xml"]
 
 
 def test_the_plotted_counts_are_the_models():
@@ -57,7 +141,7 @@ def test_a_panel_that_does_not_carry_its_states_computes_the_chosen_one():
 
     def show(number):
         calls.append(number)
-        return View(figures.Picture("<svg/>", "nothing"), f"{number}.")
+        return View(drawing.Picture("<svg/>", "nothing"), f"{number}.")
 
     panel = Panel("count", {"number": ["1", "2"]}, show, carry=False)
     assert calls == ["1"] and panel.readout == "1."
@@ -79,4 +163,4 @@ def test_the_cliff():
 
 
 def test_pictures_escape_what_they_say():
-    assert figures.text(0, 0, "a < b & c") == '<text x="0" y="0">a &lt; b &amp; c</text>'
+    assert drawing.text(0, 0, "a < b & c") == '<text x="0" y="0">a &lt; b &amp; c</text>'

@@ -3,9 +3,9 @@
 import json
 import random
 import re
-import xml.etree.ElementTree as ET
 
 import pytest
+from drawn import moment, overlapping, texts_of
 
 from kvmbook.model import FlushPolicy, Kernel
 from kvmbook.scenes import HARDWARE, graph_of, label, now_of, retell, run_of, what_of
@@ -24,7 +24,7 @@ def panel():
 @pytest.mark.parametrize("ad_bits, flush", EACH)
 def test_the_panel_and_a_real_vm_go_the_same_way(panel, ad_bits, flush):
     hardware, chance = HARDWARE[ad_bits], random.Random(200)
-    panel.choose(A_D_bits=ad_bits, flush_when_enabling=flush)
+    panel.choose(A_D_bits=ad_bits, flush_rule=flush)
     vm = smallest_vm(hardware, KERNELS[flush], grain=Grain.FAULT)
     for _ in range(200):
         actions = {label(action): action for action in possible(vm, Grain.FAULT)}
@@ -61,7 +61,7 @@ def test_two_vcpus_are_worded_as_a_real_vm_is():
 
 
 def test_show_me_is_the_shortest_run_and_undo_takes_it_back(panel):
-    panel.choose(A_D_bits="off", flush_when_enabling="if changed")
+    panel.choose(A_D_bits="off", flush_rule="if changed")
     trace = explore(HARDWARE["off"], Kernel.v5_19, grain=Grain.FAULT).trace
     assert panel.play().startswith(
         "The write to page 0 is lost: no report will name it, unless the page is written again. Steps so far: 12,"
@@ -69,6 +69,9 @@ def test_show_me_is_the_shortest_run_and_undo_takes_it_back(panel):
     assert panel.path == [label(action) for action in trace] and panel.lost
     assert not panel.undo().startswith("The write") and not panel.lost and len(panel.path) == 11
     assert panel.hint() == "Nothing is lost. Steps so far: 11. From here the soonest loss takes 1 more step(s)."
+    assert panel.step(4) == "Nothing is lost. Steps so far: 4. From here the soonest loss takes 8 more step(s)."
+    assert panel.shown == panel.path[:4] and len(panel.path) == 11  # looked at, not undone
+    assert panel.step(-1).startswith("Nothing is lost. Steps so far: 11.")
     panel.do("vCPU0 writes page 0")
     assert panel.lost and "step 12" in panel.readout
     assert panel.start_again() == panel.undo() == "Nothing is lost. Choose a step." and panel.path == []
@@ -76,15 +79,39 @@ def test_show_me_is_the_shortest_run_and_undo_takes_it_back(panel):
 
 
 def test_where_no_run_loses_a_write_the_panel_says_so(panel):
-    panel.choose(A_D_bits="off", flush_when_enabling="if changed")
+    panel.choose(A_D_bits="off", flush_rule="if changed")
     panel.play()
-    assert panel.choose(flush_when_enabling="always") == "Nothing is lost. Choose a step." and panel.path == []
+    assert panel.choose(flush_rule="always") == "Nothing is lost. Choose a step." and panel.path == []
     states = explore(HARDWARE["off"], KERNELS["always"], grain=Grain.FAULT).states
     assert (
         panel.play()
         == f"With one page and one vCPU, cut by fault, no run loses a write: all {states} states were visited."
     )
     assert panel.hint().endswith("From here no run of this small VM loses a write.")
+
+
+def test_a_run_can_be_written(panel):
+    panel.choose(A_D_bits="off", flush_rule="if changed")
+    trace = explore(HARDWARE["off"], Kernel.v5_19, grain=Grain.FAULT).trace
+    short = (
+        "v r; kvm; vcpu0 reads\nhost ages  # not: ages and flushes\n5. user enables (logging)\n" + "user;" * 6 + "v w"
+    )
+    for written in (
+        short,
+        "\n".join(map(label, trace)),
+        repr(trace_picture(explore(HARDWARE["off"], Kernel.v5_19, grain=Grain.FAULT))),
+    ):
+        assert panel.write(written) == "Nothing is lost. Choose a step." and panel.moment == 0
+        assert panel.path == [label(action) for action in trace]
+        assert panel.step(-1).startswith("The write to page 0 is lost")
+    for wrong, said in {
+        "v r; host sleeps; v r": 'Step 2, "host sleeps", is not possible here. Possible: KVM for vCPU0 handles',
+        "vcpu0": 'Step 1, "vcpu0", may mean: vCPU0 reads page 0; vCPU0 writes page 0.',
+    }.items():
+        with pytest.raises(ValueError, match=re.escape(said)):
+            panel.write(wrong)
+        assert len(panel.path) == int(said[5]) - 1 and panel.moment == -1  # what stands before it is done
+    assert panel.write(" ; \n# nothing") == "Nothing is lost. Choose a step." and panel.path == []
 
 
 def test_a_step_that_is_not_possible_is_refused_by_name(panel):
@@ -109,19 +136,50 @@ def test_the_picture_of_a_run(ad_bits, pages, vcpus, grain):
     picture = trace_picture(result)
     assert picture.svg == trace_picture(result).svg
     said = texts_of(picture)
-    assert picture.svg.count(LOSS) == picture.svg.count("✕") == 1 and "lets it pass" in said
+    assert said.count(LOSS) == 1 and picture.svg.count("✕") == 2 and "lets it pass" in said  # one in each form
     for number, action in enumerate(result.trace, 1):
         assert any(line.startswith(what_of(action)) for line in said) and str(number) in said
         assert f"{number}. {label(action)}" in repr(picture)
     assert "stale: writable" in said and "flush_if_owed: no flush" in said
-    assert not overlapping(picture)
+    assert not overlapping(picture) and not overlapping(picture, narrow=True)
+
+
+@pytest.mark.parametrize("ad_bits, grain", [("off", Grain.FAULT), ("on, with PML", Grain.STEP)])
+def test_each_moment_of_a_run_is_the_models(ad_bits, grain):
+    """What the picture lights at each moment is what a VM is like that has done only the steps up to there."""
+    result = explore(HARDWARE[ad_bits], Kernel.v5_19, 1, 2, grain)
+    picture = trace_picture(result)
+    assert len(picture.moments) == len(result.trace) + 1
+    for number in range(len(result.trace) + 1):
+        vm = smallest_vm(HARDWARE[ad_bits], Kernel.v5_19, 1, 2, grain)
+        for action in result.trace[:number]:
+            before = now_of(vm).pages[0]
+            act(vm, action, grain)
+        page = now_of(vm).pages[0]
+        new, _ = moment(picture.svg, number)
+        tlbs = ["stale: " * stale + tlb for stale, tlb in zip(page.stale, page.tlb, strict=True)]
+        if number == 0 or page.spte != before.spte:
+            assert page.spte in new
+        for v, tlb in enumerate(tlbs):
+            if number == 0 or page.tlb[v] != before.tlb[v]:
+                assert tlb in new
+        if number:
+            sentence = picture.moments[number]
+            assert sentence.startswith(f"{number}. {label(result.trace[number - 1])}")
+            assert (f"SPTE {page.spte}" in sentence) == (page.spte != before.spte)
+            assert ("the write is lost" in sentence) == page.lost
+    assert picture.moments[0] == "At the start."
 
 
 def test_the_picture_of_a_run_shows_flushes():
     hardware, kernel = HARDWARE["off"], Kernel.v5_19
     result = explore(hardware, kernel, grain=Grain.STEP)
     run = run_of(result)
-    assert not any(moment.flushed for moment in run.moments) and run.moments[-1].hit and run.moments[-1].now.lost
+    assert (
+        not any(moment.flushed for moment in run.moments)
+        and run.moments[-1].answered == "TLB"
+        and run.moments[-1].now.lost
+    )
     trace = [action._replace(what="ages and flushes") if action.who == "host" else action for action in result.trace]
     safe = retell(smallest_vm(hardware, kernel), trace[:7])
     last = safe.moments[-1]
@@ -159,28 +217,3 @@ def test_a_run_to_light_must_be_possible():
         page_graph_picture(hardware, kernel, trace[3:])
     for more in ("reads", "writes"):  # a run may go on after the loss
         page_graph_picture(hardware, kernel, (*trace, trace[0]._replace(what=more)))
-
-
-def texts_of(picture):
-    root = ET.fromstring(picture.svg)
-    assert root.get("role") == "img" and root[0].tag.endswith("title") and len(root[0].text) > 20
-    return [element.text or "" for element in root.iter() if element.tag.endswith("text")]
-
-
-def overlapping(picture):
-    """Texts that overlap if a letter is 0.56 of its size wide; and such as leave the picture."""
-    found, root = [], ET.fromstring(picture.svg)
-    right = float(re.search(r"viewBox=\"0 0 ([\d.]+)", picture.svg)[1])
-    boxes = []
-    for element in root.iter():
-        if element.tag.endswith("text") and element.text:
-            size, x, y = (float(element.get(key, 14)) for key in ("font-size", "x", "y"))
-            width = len(element.text) * size * 0.56
-            left = {"start": x, "end": x - width}.get(element.get("text-anchor"), x - width / 2)
-            boxes.append((left, left + width, y - size, y, element.text))
-            found += [element.text] * (left < 0 or left + width > right)
-    for number, (left, end, top, bottom, said) in enumerate(boxes):
-        for other_left, other_end, other_top, other_bottom, other in boxes[:number]:
-            if left < other_end and other_left < end and top < other_bottom and other_top < bottom:
-                found.append((said, other))
-    return found

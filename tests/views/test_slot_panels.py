@@ -4,6 +4,7 @@ import xml.etree.ElementTree as ET
 from dataclasses import replace
 
 import pytest
+from drawn import moment, parts
 
 from kvmbook.scenes import harvest
 from kvmbook.views import slot_panels
@@ -28,13 +29,10 @@ def test_every_combination_is_carried_and_agrees_with_a_live_answer(make):
 def test_nothing_is_drawn_beyond_the_picture(make):
     panel = make()
     for state in panel.states.values():
-        picture = ET.fromstring(state["svg"])
-        _, _, width, height = map(float, picture.get("viewBox").split())
-        for part in picture.iter():
-            if part.get("x") is not None:
-                x, y = float(part.get("x")), float(part.get("y"))
-                assert 0 <= x and x + float(part.get("width", 0)) <= width
-                assert 0 <= y and y + float(part.get("height", 0)) <= height
+        found, (width, height) = parts(state["svg"])
+        for part, x, y in found:
+            assert 0 <= x and x + float(part.get("width", 0)) <= width
+            assert 0 <= y and y + float(part.get("height", 0)) <= height
 
 
 def test_what_the_panels_say_first_and_what_the_text_promises():
@@ -55,6 +53,17 @@ def test_the_harvest_picture_marks_stale_entries_and_flushes():
     svg = slot_panels.harvest_picture(harvest("GET clears", "page 1", "W taken")).svg
     assert "stroke-dasharray" in svg and "⟳ flushes the TLBs" in svg
     assert "stroke-dasharray" not in slot_panels.harvest_picture(harvest("GET clears", "no page", "never")).svg
+
+
+def test_each_moment_of_a_harvest_is_a_row():
+    seen = harvest("manual protect", "pages 5 and 70", "W taken")
+    picture = slot_panels.harvest_picture(seen)
+    assert [said.rstrip(".") for said in picture.moments] == [f"{row.who} {row.what}".strip() for row in seen.rows]
+    for number, row in enumerate(seen.rows):
+        new, same = moment(picture.svg, number)
+        assert any(row.what in said for said in new)
+        for word in (*row.live, *row.buffer):
+            assert slot_panels.word_hex(word) in new + same
 
 
 def test_a_missed_write_would_be_said():
