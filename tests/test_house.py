@@ -22,7 +22,7 @@ WINGS = {
     "scenes": ["enabling", "slots", "words", "decoding", "runs"],
     "views": [
         "scripts", "results", "drawing", "figures", "word_figures", "run_figures", "widget", "panel", "enabling_panels",
-        "slot_panels", "rules_panel", "inspector", "scheduler", "quiz", "guess", "guess",
+        "slot_panels", "rules_panel", "inspector", "scheduler", "quiz", "guess",
     ],
     "exercises": ["mechanism", "vms", "ch01", "ch02", "ch03", "ch08", "ch10", "ch11"],
 }  # fmt: skip

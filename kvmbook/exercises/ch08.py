@@ -16,8 +16,31 @@ from kvmbook.model import (
     Vm,
     kvm_mmu_slot_apply_flags,
 )
-from kvmbook.scenes import BASE_GFN, CHANGES, HARDWARE, enabling_plan
+from kvmbook.scenes import BASE_GFN, CHANGES, HARDWARE, enabling_plan, missed_against_aged
 from kvmbook.search import any_number
+from kvmbook.views import ShapeGuess
+
+
+def guess_08_1() -> ShapeGuess:
+    """The shape of the cliff."""
+    pages = 64
+    because = (
+        "The pass changes an SPTE that is still writable, and the flush that follows is for the whole VM, aged pages too. "
+        "Only if all pages were aged does the pass change nothing, and then no TLB is flushed."
+    )
+    return ShapeGuess(
+        f"On a CPU without A/D bits the guest writes {pages} pages, the host ages some of them, dirty logging is enabled, "
+        f'and the guest writes all {pages} again. Under the flush rule "if changed", how many of these writes are missed?',
+        {
+            aged: missed_against_aged(FlushPolicy.IF_CHANGED, aged)
+            for aged in (*range(0, pages - 1, 8), pages - 1, pages)
+        },
+        top=pages,
+        because=because,
+        along="pages aged (the last step is 1 page)",
+        counted="missed writes",
+        named="with {} pages aged",
+    )
 
 
 @question("yes", "no")
@@ -59,7 +82,8 @@ def quiz_08_2() -> Answer:
 
 @question("yes, by being there", "only if logging is enabled on it", "no: a flush is for one slot")
 def quiz_08_3() -> Answer:
-    """All pages of slot 0 are aged. Does a second slot, whose pages are all writable, help slot 0 under "if changed"?"""
+    """All pages of slot 0 are aged. Does a second slot, whose pages are all writable, help slot 0 under the flush rule "if
+    changed"?"""
 
     def saved(enabled: bool) -> bool:
         vm = aged(Hardware.ept(ad_bits=False), Kernel.v5_19)

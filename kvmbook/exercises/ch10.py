@@ -8,6 +8,23 @@ from kvmbook.exercises.mechanism import Answer, checker, question
 from kvmbook.model import FlushPolicy, Hardware, Kernel
 from kvmbook.scenes import HARDWARE, graph_of
 from kvmbook.search import Grain, Result, act, explore, possible, smallest_vm
+from kvmbook.views import NumberGuess
+
+
+def guess_10_1() -> NumberGuess:
+    """How many states the smallest VM has."""
+    states = explore(Hardware.ept(ad_bits=False), Kernel.v5_19, grain=Grain.ACCESS).states
+    because = (
+        "A state is the SPTE, one TLB entry, the dirty bitmap, and how far an ioctl is. Each has few values, so there are "
+        "few combinations: a search comes to an end, although a run need not."
+    )
+    return NumberGuess(
+        "One page, one vCPU, no A/D bits, Linux v5.19. Guest, host and user space take the steps printed above, and those "
+        "that follow, in any order, for as long as they like. In how many different states can this VM be?",
+        states,
+        top=1_000_000,
+        because=because,
+    )
 
 
 @question("980 runs were tried", "every run up to the depth of the search", "every run, of any length")
@@ -32,9 +49,9 @@ def quiz_10_1() -> Answer:
 
 @question("yes", "no")
 def quiz_10_2() -> Answer:
-    """Take six configurations: EPT without A/D bits, EPT with them, EPT with PML, each under "if changed" and under "if
-    MMU-writable", with two vCPUs. Cut by access, the search does not find the loss with PML. Is there also a loss that only
-    the coarser cut finds?"""
+    """Take six configurations: EPT without A/D bits, EPT with them, EPT with PML, each under the flush rules "if changed" and
+    "if MMU-writable", with two vCPUs. Cut by access, the search does not find the loss with PML. Is there also a loss that
+    only the coarser cut finds?"""
     names = {"off": "EPT without A/D bits", "on": "EPT with them", "on, with PML": "EPT with PML"}
     lost = {
         grain: [

@@ -4,9 +4,34 @@ from itertools import combinations
 
 from kvmbook.exercises.mechanism import Answer, Run, checker, question
 from kvmbook.exercises.vms import PAGES, lost_while_logging
-from kvmbook.model import Hardware, Kernel, SpteFormat, Vm
+from kvmbook.model import FlushPolicy, Hardware, Kernel, SpteFormat, Vm
 from kvmbook.scenes import BASE_GFN
-from kvmbook.search import BITS, BitRule, Leaf, all_rules, leaves_met, sound_rules
+from kvmbook.search import BITS, BitRule, Leaf, all_rules, cost, leaves_met, sound_rules
+from kvmbook.views import ShapeGuess
+
+
+def guess_11_1() -> ShapeGuess:
+    """The frontier of flushes against missed writes."""
+    hardware = Hardware.ept(ad_bits=False)
+    never, always = cost(hardware, FlushPolicy.NEVER), cost(hardware, FlushPolicy.ALWAYS)
+    costs = [always, *(cost(hardware, rule) for rule in all_rules(hardware))]
+    because = (
+        "The line falls in steps, because there are few rules. The first that misses nothing here flushes "
+        f'{min(flushes for flushes, missed in costs if not missed)} times, and "always" {always.flushes} times.'
+    )
+    return ShapeGuess(
+        'The workload of the panel, without A/D bits: take all rules over SPTE bits, and "always". How few writes does '
+        "the best of them miss, if it may flush no more often than the lower axis says?",
+        {
+            most: min(missed for flushes, missed in costs if flushes <= most)
+            for most in range(0, always.flushes + 1, 10)
+        },
+        top=never.missed,
+        because=because,
+        along="flushes while enabling, at most",
+        counted="missed writes",
+        named="with at most {} flushes",
+    )
 
 
 def _losing_w(hardware: Hardware) -> frozenset[Leaf]:
