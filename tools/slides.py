@@ -10,6 +10,7 @@ braces is replaced by a part of the notebook, so that a deck cannot say what its
     {{"lose_a_write()" code}}          its code; ``code output`` for both
     {{ch01-02 "lose_a_write()"}}       a cell by its id, if the words alone would not do
 
+A word of the glossary that a deck sets in *italics* or **bold** shows its definition under the pointer and at the focus.
 Stops, naming deck, slide and cell, at a cell that is not there, or that has not what is asked of it.
 """
 
@@ -30,16 +31,20 @@ from traitlets.config import Config
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tools import vendor  # noqa: E402
+from tools import glossary, vendor  # noqa: E402
 from tools.checks import WIDGET_STATE, WIDGET_VIEW, has_title, models_of  # noqa: E402
 
 DECKS = ROOT / "slides"
 TEMPLATE = ROOT / "tools/slides_template"
 Room = tuple[int, int]  # pixels across and down, of a slide's 1280 x 720
-PICTURE = (1184, 570), (962, 648)  # what is left for one below a heading, and beside the words
-PANEL = (1184, 450), (940, 640)  # and for the picture of a panel
+PICTURE = (1240, 520), (954, 656)  # what is left for one below a heading, and beside the words
+PANEL = (1240, 460), (944, 640)  # and for the picture of a panel
 LONGEST_LINE = 96  # characters of code, at 20 pixels
-PLACE = re.compile(r'\{\{\s*(?:(?P<id>ch\d\d-\d\d)\b\s*)?(?:"(?P<words>.+)"\s*)?(?P<what>(?:(?:code|output)\s*)*)\}\}')
+EMPHASIS = re.compile(r"(\*\*|\*)(?! )([^*\n]+)\1")
+LINK = re.compile(r"\[([^\]]+)\]\(\.\./book/glossary\.md#([^)]+)\)")
+PLACE = re.compile(
+    r'\{\{\s*(?:(?P<id>ch\d\d-\d\d[a-z]?)\b\s*)?(?:"(?P<words>.+)"\s*)?(?P<what>(?:(?:code|output)\s*)*)\}\}'
+)
 
 
 class Slide(NamedTuple):
@@ -80,6 +85,9 @@ def assemble(deck: pathlib.Path, chapter: Any) -> Any:
     cells = [cell for slide in slides for cell in cells_of(f"{deck.name}, slide {slide.number}", slide, chapter)]
     deck_notebook = nbformat.v4.new_notebook(cells=cells)
     deck_notebook.metadata.title = title_of(chapter)
+    deck_notebook.metadata.meanings = glossary.boxes(
+        re.findall(r'data-word="([^"]+)"', "".join(cell.source for cell in cells if cell.cell_type == "markdown"))
+    )
     deck_notebook.metadata.language_info = {"name": "python"}
     stored = chapter.metadata.get("widgets", {}).get(WIDGET_STATE, {})
     shown = [cell.metadata.shows for cell in cells if "shows" in cell.metadata]
@@ -91,7 +99,7 @@ def assemble(deck: pathlib.Path, chapter: Any) -> Any:
 
 def cells_of(where: str, slide: Slide, chapter: Any) -> Iterator[Any]:
     """The cells of one slide, its notes last. Wrong, saying ``where``, if a part is not in the chapter."""
-    begins = {"slide_type": "slide"}
+    begins, anchors = {"slide_type": "slide"}, anchors_in(chapter)
     for number, part in enumerate(parts_of(slide.body), 1):
         if part in ("{{title}}", "{{promise}}"):
             cell = nbformat.v4.new_markdown_cell(
@@ -100,7 +108,7 @@ def cells_of(where: str, slide: Slide, chapter: Any) -> Iterator[Any]:
         elif "{{" in part:
             cell = taken(where, part, chapter)
         else:
-            cell = nbformat.v4.new_markdown_cell(part)
+            cell = nbformat.v4.new_markdown_cell(explained(part, anchors))
         cell.id = f"slide{slide.number}-{number}"
         cell.metadata.slideshow, begins = begins, {"slide_type": "-"}
         yield cell
@@ -116,6 +124,27 @@ def parts_of(body: str) -> Iterator[str]:
     for part in re.split(r"^(.*\{\{.*)$", body, flags=re.M):
         if part.strip():
             yield part.strip()
+
+
+# ---- words of the glossary ------------------------------------------------------------------------------------------
+
+
+def anchors_in(chapter: Any) -> dict[str, str]:
+    """The glossary's anchor of each word that it explains: of its terms, and of the words that the chapter links to it."""
+    text = "\n".join(cell.source for cell in chapter.cells if cell.cell_type == "markdown")
+    linked = {" ".join(word.strip("*`.").split()).lower(): anchor for word, anchor in LINK.findall(text)}
+    return {term.lower(): anchor for anchor, (term, _) in glossary.definitions().items()} | linked
+
+
+def explained(text: str, anchors: dict[str, str]) -> str:
+    """The words of a slide with those marked that are set in italics or bold and that the glossary explains."""
+
+    def marked(match: re.Match[str]) -> str:
+        word = match[2].lower()
+        anchor = next((anchors[form] for form in (word, word.removesuffix("s")) if form in anchors), None)
+        return f'<span tabindex="0" data-word="{anchor}">{match[0]}</span>' if anchor else match[0]
+
+    return EMPHASIS.sub(marked, text)
 
 
 # ---- what a chapter gives --------------------------------------------------------------------------------------------
@@ -166,8 +195,8 @@ def named(where: str, part: str, cell_id: str | None, words: str | None, chapter
 
 
 def prepare(where: str, cell: Any, chapter: Any, with_code: bool) -> None:
-    """Note in the cell what the template asks for: the width of its text, the form of its picture, which panel it shows.
-    Wrong if a line is too long for a slide, a picture has no text alternative, or a panel would need a kernel."""
+    """Note in the cell what the template asks for: columns and rows of its text, the form of its picture, which panel it
+    shows. Wrong if a line is too long for a slide, a picture has no text alternative, or a panel would need a kernel."""
     states = chapter.metadata.get("widgets", {}).get(WIDGET_STATE, {}).get("state", {})
     printed = []
     for output in cell.outputs:
@@ -180,6 +209,9 @@ def prepare(where: str, cell: Any, chapter: Any, with_code: bool) -> None:
                 raise Wrong(f"{where}: the state of its panel is not stored in the notebook")
             carried = states[cell.metadata.shows].state.get("states", {}).values()
             cell.metadata.ratio, cell.metadata.tall = layout([state.svg for state in carried if "svg" in state], PANEL)
+        elif "text/html" in shown:
+            shown["text/html"] = shown["text/html"].replace('tabindex="0" ', "")  # nothing scrolls on a slide
+            printed += shown["text/plain"].splitlines()
         elif "image/svg+xml" in shown:
             if not has_title(shown["image/svg+xml"]):
                 raise Wrong(f"{where}: its picture has no <title>, its text alternative")
@@ -190,9 +222,11 @@ def prepare(where: str, cell: Any, chapter: Any, with_code: bool) -> None:
                 raise Wrong(f"{where}: its plot has no text alternative in the cell's metadata, mystnb.image.alt")
         elif "text/plain" in shown:
             printed += shown["text/plain"].splitlines()
-    written = max(map(len, cell.source.splitlines() * with_code), default=0)
+    code = cell.source.splitlines() if with_code else []
+    written = max(map(len, code), default=0)
     if written > LONGEST_LINE:
         raise Wrong(f"{where}: a line of {written} characters; a slide takes {LONGEST_LINE}")
+    cell.metadata.rows = len(code) + len(printed)
     cell.metadata.columns = max([written, *(min(len(line), LONGEST_LINE) for line in printed)])
 
 
@@ -218,7 +252,8 @@ def page_of(deck: pathlib.Path) -> tuple[str, str]:
         extra_template_basedirs=[str(TEMPLATE.parent)],
         config=Config({"HTMLExporter": {"exclude_input_prompt": True, "exclude_output_prompt": True}}),
     )
-    page, _ = exporter.from_notebook_node(assemble(deck, chapter), {"metadata": {"name": deck.stem}})
+    words = {"style": glossary.STYLE.read_text(), "script": glossary.SCRIPT.read_text()}
+    page, _ = exporter.from_notebook_node(assemble(deck, chapter), {"metadata": {"name": deck.stem}, "glossary": words})
     return title_of(chapter), page
 
 

@@ -1,10 +1,12 @@
 """The decks: made of the chapters, complete for a lecturer, alive without a kernel and without a network, legible."""
 
+import base64
 import functools
 import http.server
 import json
 import pathlib
 import re
+import struct
 import threading
 from itertools import product
 
@@ -106,6 +108,25 @@ def test_a_decks_numbers_are_the_chapters(deck):
             assert number in known, (slide.number, number)
 
 
+@by_deck
+def test_every_word_that_is_explained_has_its_meaning_in_the_deck(deck):
+    cells = assembled(deck).cells
+    words = {word for cell in cells for word in re.findall(r'data-word="([^"]+)"', cell.source)}
+    meant = re.findall(r'id="word-([^"]+)"', assembled(deck).metadata.meanings)
+    assert words and set(meant) == words and len(meant) == len(words)
+    assert not [cell for cell in cells if "data-word" in cell.source and cell.metadata.slideshow.slide_type == "notes"]
+
+
+def test_words_are_explained_in_the_plural_and_by_the_names_that_the_chapter_gives_them():
+    anchors = slides.anchors_in(chapter_of(DECKS[0]))
+    marked = '<span tabindex="0" data-word="{}">{}</span>'.format
+    assert (
+        slides.explained("**TLBs** and *slots*", anchors)
+        == f"{marked('tlb', '**TLBs**')} and {marked('memslot', '*slots*')}"
+    )
+    assert slides.explained("2 * 3 * TLB, *no such word*, TLB", anchors) == "2 * 3 * TLB, *no such word*, TLB"
+
+
 # ---- refusals --------------------------------------------------------------------------------------------------------
 
 
@@ -188,7 +209,7 @@ SO_THAT_AXE_SEES_CONTRAST = (
 )
 VIEWPORT = {"width": 1280, "height": 720}
 # What lies outside the slide, is cut off or scrolls, and text that is too small, of the slide that is shown.
-MEASURE = """(least_in_pictures) => {
+MEASURE = """() => {
   const found = [], slide = document.querySelector("section.present");
   const name = (e) => `${e.tagName}.${e.getAttribute("class") ?? ""} "${e.textContent.trim().slice(0, 40)}"`;
   for (const e of slide.querySelectorAll("*")) {
@@ -199,16 +220,41 @@ MEASURE = """(least_in_pictures) => {
     if (!(e instanceof SVGElement) && style.display !== "inline" && style.overflow !== "visible"
         && (e.scrollWidth > e.clientWidth + 1 || e.scrollHeight > e.clientHeight + 1)) found.push(`scrolls: ${name(e)}`);
     const own = [...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim());
-    if (!own) continue;
-    const scale = e.ownerSVGElement ? e.getScreenCTM().a : 1, size = parseFloat(style.fontSize) * scale;
-    const least = e.ownerSVGElement ? least_in_pictures : e.closest(".kvmbook-bit") ? 13 : e.closest(".kvmbook-panel") ? 15.5
-      : e.closest("pre") ? 20 : e.matches("code, code *, sub, sup") ? 24 : 28;
+    if (!own || e.ownerSVGElement) continue;
+    const size = parseFloat(style.fontSize);
+    const least = e.closest(".kvmbook-panel") ? 18 : e.closest("pre, .kvmbook-results") ? 20
+      : e.matches("code, code *, sub, sup") ? 24 : 28;
     if (size < least) found.push(`small, ${size}: ${name(e)}`);
   }
   for (const img of slide.querySelectorAll("img")) if (img.alt.length < 20) found.push("a plot without alt text");
   for (const svg of slide.querySelectorAll("svg")) if (!svg.querySelector("title")) found.push("a picture without title");
   return found;
 }"""
+# How high the smallest text is that is drawn on the slide that is shown, in pixels: of its SVG pictures as [height, text],
+# and of its plots by the points of type: [pixels a point, ""].
+DRAWN = """() => {
+  const slide = document.querySelector("section.present"), seen = (e) => e.getClientRects().length;
+  const words = [...slide.querySelectorAll("svg text, svg tspan")].filter((e) => seen(e)
+    && [...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim()));
+  const scale = (img) => Math.min(img.clientWidth / img.naturalWidth, img.clientHeight / img.naturalHeight);
+  return {
+    svg: words.map((e) => [parseFloat(getComputedStyle(e).fontSize) * e.getScreenCTM().a, e.textContent.trim()]),
+    plots: [...slide.querySelectorAll("img")].map((img) => [img.src.split(",")[1], scale(img)]),
+  };
+}"""
+LEAST = 18  # pixels, from the last row of a lecture room
+POINTS = 12  # the smallest type in a plot
+
+
+def too_small(page):
+    """The smallest text that is drawn on this slide, if it is too small."""
+    drawn = page.evaluate(DRAWN)
+    heights = [(height, said) for height, said in drawn["svg"]]
+    for png, scale in drawn["plots"]:
+        packed = base64.b64decode(png)
+        (across,) = struct.unpack(">I", packed[(chunk := packed.index(b"pHYs") + 4) : chunk + 4])  # pixels a metre
+        heights.append((scale * POINTS * across * 0.0254 / 72, "a plot"))
+    return min([each for each in heights if each[0] < LEAST], default=None)
 
 
 @pytest.fixture(scope="module")
@@ -257,9 +303,9 @@ def test_nothing_is_cut_off_and_all_is_legible_and_accessible_on_every_slide(dec
     wrong = {}
     for number in range(len(slides.slides_of(deck))):
         seen.page.evaluate("n => Reveal.slide(n)", number)
-        found = seen.page.evaluate(MEASURE, 12)
+        found = seen.page.evaluate(MEASURE)
         for settings in every_setting(seen.page):  # some have a picture that is higher
-            found += [f"{settings}: {what}" for what in seen.page.evaluate(MEASURE, 10.5)]
+            found += [f"{settings}: {what}" for what in seen.page.evaluate(MEASURE)]
         if number == 0 or (number < 6 and seen.page.locator("section.present .kvmbook-panel").count()):
             violations = seen.page.evaluate(
                 "async () => (await axe.run({preload: false, resultTypes: ['violations']})).violations"
@@ -270,6 +316,40 @@ def test_nothing_is_cut_off_and_all_is_legible_and_accessible_on_every_slide(dec
     assert not wrong
     assert seen.page.title() == slides.title_of(chapter_of(deck))
     assert seen.page.locator("html").get_attribute("lang") == "en"
+    seen.clean()
+
+
+@by_deck
+def test_the_text_of_every_picture_is_18_pixels_high(deck, show):
+    page, small = show(deck).page, {}
+    for number in range(len(slides.slides_of(deck))):
+        page.evaluate("n => Reveal.slide(n)", number)
+        found = {"as it opens": too_small(page)} | {settings: too_small(page) for settings in every_setting(page)}
+        if found := {settings: said for settings, said in found.items() if said}:
+            small[number + 1] = min((said, str(settings)) for settings, said in found.items())
+    assert not small
+
+
+def test_what_a_word_means_is_shown_under_the_pointer_and_at_the_focus_and_the_keys_steer_on(show):
+    seen = show(DECKS[0])
+    page = seen.page
+    go_to(page, "[data-word=access-tracking]")
+    number, meaning = here(page), page.locator("#word-access-tracking")
+    page.locator("section.present [data-word=access-tracking]").hover()
+    assert meaning.inner_text().startswith("access tracking How KVM notices")
+    assert meaning.evaluate("e => parseFloat(getComputedStyle(e).fontSize)") >= 20
+    page.keyboard.press("ArrowRight")
+    meaning.wait_for(state="hidden")
+    assert here(page) == number + 1
+    page.keyboard.press("ArrowLeft")
+    page.mouse.move(0, 0)
+    page.locator("section.present [data-word=access-tracking]").focus()
+    meaning.wait_for()
+    page.keyboard.press("Escape")  # closes it, and does not open the overview
+    meaning.wait_for(state="hidden")
+    assert not page.evaluate("Reveal.isOverview()")
+    page.keyboard.press("Space")
+    assert here(page) == number + 1
     seen.clean()
 
 
@@ -300,16 +380,18 @@ def test_a_panel_says_what_the_live_one_says_by_mouse_and_by_keyboard(show):
     number = here(page)
     assert readout(page) == live.readout
     page.locator("section.present label", has_text="always").click()
-    assert readout(page) == live.choose(flush_when_enabling="always")
+    assert readout(page) == live.choose(flush_rule="always")
     page.keyboard.press("ArrowRight")  # after a click the arrows steer the deck
     assert here(page) == number + 1
     page.keyboard.press("ArrowLeft")
     go_to(page, ".kvmbook-panel")
     page.locator("section.present input[value='always']").focus()
-    page.keyboard.press("ArrowLeft")
-    page.keyboard.press("ArrowLeft")
-    assert readout(page) == live.choose(flush_when_enabling="never")
-    page.keyboard.press("Shift+Tab")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    assert readout(page) == live.choose(flush_rule="never")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Space")  # Show all controls
+    page.locator("section.present input[value='off']").focus()
     page.keyboard.press("ArrowRight")
     assert readout(page) == live.choose(A_D_bits="on")
     assert here(page) == number
@@ -333,6 +415,24 @@ def test_a_question_is_answered_by_keyboard_and_a_remote_control_goes_on(show):
     assert here(page) == number + 1
 
 
+def test_a_run_is_stepped_through_with_the_mouse_and_the_keys_steer_the_deck_again(show):
+    page = show(slides.DECKS / "11.md").page
+    go_to(page, ".kvmbook-stepper")
+    number, whole = here(page), readout(page)
+    page.locator("section.present").get_by_role("button", name="one moment on").click()
+    assert readout(page) != whole
+    slider = page.locator("section.present .kvmbook-stepper input")
+    slider.click(position={"x": 30, "y": 8})
+    moment = slider.input_value()
+    page.keyboard.press("ArrowRight")
+    assert here(page) == number + 1
+    page.keyboard.press("ArrowLeft")
+    assert slider.input_value() == moment
+    slider.focus()
+    page.keyboard.press("ArrowRight")
+    assert here(page) == number and slider.input_value() == str(int(moment) + 1)
+
+
 def test_the_scheduler_is_played_to_the_loss_by_mouse(show):
     from kvmbook.views import you_are_the_scheduler
 
@@ -345,7 +445,7 @@ def test_the_scheduler_is_played_to_the_loss_by_mouse(show):
         steps = page.get_by_role("group", name=f"steps of {who}", exact=True)
         steps.get_by_role("button", name=step.removeprefix(who + " "), exact=True).click()
     live.asked = ""
-    assert readout(page) == live.readout and page.evaluate(MEASURE, 12) == []
+    assert readout(page) == live.readout and page.evaluate(MEASURE) == []
 
 
 def test_the_inspector_answers_as_python_does(show):
@@ -364,7 +464,7 @@ def test_a_deck_prints_one_slide_a_page_with_the_answers(visit, folder):
     page.emulate_media(media="print")
     heights = page.locator(".pdf-page").evaluate_all("pages => pages.map((page) => page.offsetHeight)")
     assert heights == [719] * len(slides.slides_of(DECKS[0]))
-    assert page.locator(".kvmbook-paper").first.inner_text().startswith("Answer: ")
+    assert page.locator(".kvmbook-paper").first.inner_text().startswith('The answer is "')
 
 
 @pytest.fixture(scope="module")

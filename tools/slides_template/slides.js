@@ -21,12 +21,15 @@ Reveal.initialize({
   });
 
   Reveal.on("ready", () => document.querySelector(".reveal .controls").setAttribute("role", "presentation"));
-  Reveal.on("slidechanged", () => document.activeElement.blur());
+  Reveal.on("slidechanged", () => {
+    document.activeElement.blur();
+    document.dispatchEvent(new PointerEvent("pointerdown"));  // as a click elsewhere: what a word means is shown no longer
+  });
 
   // After a click with the mouse the keys steer the deck again, unless there is something to type.
   slides.addEventListener("click", (event) => {
     const panel = panelOf(event.target), focused = document.activeElement;
-    const typing = focused.matches("input:not([type=radio]), textarea");
+    const typing = focused.matches("input:not([type=radio], [type=range], [type=checkbox]), textarea");
     if (event.detail > 0 && panel?.contains(focused) && !typing) focused.blur();
   });
 }
