@@ -1,13 +1,15 @@
 """Print the built pages as one PDF file.
 
 Usage: pdf.py PAGES OUT.pdf   PAGES is the folder that book.py has built. The chapters are put into one page, in the order of
-the table of contents, so that links lead inside the file and page numbers run through.
+the table of contents, so that links lead inside the file and page numbers run through. The solutions come after the
+chapters, so that no exercise has its answer below it; of the function map, which is to be searched, paper has one half.
 """
 
 from __future__ import annotations
 
 import pathlib
 import posixpath
+import re
 import sys
 from typing import Any
 from urllib.parse import urlsplit
@@ -22,6 +24,8 @@ from tools.book import contents  # noqa: E402
 from tools.browser import chromium, open_drawn  # noqa: E402
 
 FOOTER = '<div style="font-size: 8px; width: 100%; text-align: center"><span class="pageNumber"></span></div>'
+WIDGET_STATES = "application/vnd.jupyter.widget-state+json"
+BACK_IS_ON_THE_PAGES = "This part is on the book's pages only: the same, room by room. So are the model's docstrings."
 PRINT_NAME = "print.html"  # beside the pages while it is printed, so that styles and scripts are found
 
 
@@ -38,40 +42,107 @@ def one_page(pages: pathlib.Path) -> str:
         raise SystemExit(f"there are no pages {', '.join(missing)} in {pages}; build the book first")
     front = contents(ROOT)[0]
     whole = BeautifulSoup((pages / f"{front}.html").read_text(), "html.parser")
-    assert whole.head is not None and whole.body is not None
+    assert whole.head is not None and whole.body is not None and whole.title is not None
     for tag in whole.head.find_all(True):
         relocate(tag, front, {})
-    for script in whole.head.find_all("script", type="application/vnd.jupyter.widget-state+json"):
+    for script in whole.head.find_all("script", type=WIDGET_STATES):
         script.extract()
-    whole.body.clear()
-    whole.body["class"] = "kvmbook-print"
-    listed = whole.new_tag("ol", attrs={"class": "kvmbook-contents"})
+    articles: dict[str, Any] = {}
+    solutions = article_of(whole, "solutions", "Solutions")
     for file, name in names.items():
         page = BeautifulSoup((pages / f"{file}.html").read_text(), "html.parser")
         article = page.find("article")
-        assert article is not None, file
+        assert article is not None and article.find("h1") is not None, file
         article["id"] = name
         for tag in article.find_all(True):
             relocate(tag, file, names)
-        for state in page.find_all("script", type="application/vnd.jupyter.widget-state+json"):
+        for state in page.find_all("script", type=WIDGET_STATES):
             whole.head.append(state.extract())
         for details in article.find_all("details"):
             details["open"] = ""
-        whole.body.append(article.extract())
-        heading = article.find("h1")
-        assert heading is not None, file
-        item, link = whole.new_tag("li"), whole.new_tag("a", href=f"#{name}")
-        link.string = heading.get_text().removesuffix("#")
-        item.append(link)
+        if solved := article.select(".cell.tag_solution"):
+            solutions.append(section_of(whole, title_of(article), "h2"))
+            for number, cell in enumerate(solved, 1):
+                solutions.append(moved(whole, name, number, cell))
+            articles.pop("solutions", None)
+        articles[name] = article.extract()
+        if solved:
+            articles["solutions"] = solutions  # after this chapter, if it is the last that has any
+    make_compact(whole, articles["function-map"])
+    whole.body.clear()
+    whole.body["class"] = "kvmbook-print"
+    first, *others = articles.values()
+    listed = whole.new_tag("ol", attrs={"class": "kvmbook-contents"})
+    for name, article in articles.items():
+        item = whole.new_tag("li")
+        item.append(whole.new_tag("a", href=f"#{name}", string=title_of(article)))
         listed.append(item)
-    first = whole.body.find("article")
-    assert first is not None and whole.title is not None
-    heading = whole.new_tag("h2")
-    heading.string = "Contents"
-    first.insert_after(section := whole.new_tag("article"))
-    section.extend([heading, listed])
+    table = whole.new_tag("article")
+    table.extend([section_of(whole, "Contents", "h2"), listed])
+    whole.body.extend([first, table, *others])
     whole.title.string = "kvmbook"
     return str(whole)
+
+
+def title_of(article: Any) -> str:
+    """The heading of an article."""
+    return str(article.find("h1").get_text()).removesuffix("#")
+
+
+def article_of(whole: BeautifulSoup, name: str, title: str) -> Any:
+    """A new article with a heading."""
+    article = whole.new_tag("article", id=name)
+    article.append(section_of(whole, title, "h1"))
+    return article
+
+
+def section_of(whole: BeautifulSoup, title: str, level: str, name: str = "") -> Any:
+    """A heading."""
+    return whole.new_tag(level, string=title, attrs={"id": name} if name else {})
+
+
+# ---- what paper has in another place, or shorter ---------------------------------------------------------------------
+
+
+def moved(whole: BeautifulSoup, chapter: str, number: int, cell: Any) -> Any:
+    """A solution, taken from its chapter, with a heading; the line above it in the chapter says where it is now."""
+    exercise = cell.find_previous("strong", string=re.compile(rf"^{number}\. "))
+    line = cell.find_previous_sibling("p")
+    assert exercise is not None and line is not None and f"Solution of {number}" in line.get_text(), (chapter, number)
+    name = f"{chapter}-solution-{number}"
+    line.clear()
+    line.extend([f"Solution of {number}: ", whole.new_tag("a", href=f"#{name}", string="after the chapters"), "."])
+    exercise["id"] = f"{chapter}-exercise-{number}"
+    solution = whole.new_tag("section")
+    heading = section_of(whole, "", "h3", name)
+    heading.append(whole.new_tag("a", href=f"#{exercise['id']}", string=exercise.get_text().rstrip(".")))
+    solution.extend([heading, cell.extract()])
+    return solution
+
+
+def make_compact(whole: BeautifulSoup, article: Any) -> None:
+    """The function map for paper: a line for each of the kernel's names, in two columns, and not the way back."""
+    article["class"] = "kvmbook-compact"
+    back = article.find(id=re.compile("from-kvmbook-to-the-kernel$"))
+    for room in back.find_all("section"):
+        room.decompose()
+    back.append(whole.new_tag("p", string=BACK_IS_ON_THE_PAGES))
+    for folded in article.find_all("details"):
+        folded.insert_before(folded.find("h3"))
+        folded.find("summary").decompose()
+        folded.unwrap()
+    for table in article.find_all("table"):
+        table.find_previous("h2").parent["class"] = "kvmbook-columns"
+        for row in table.select("tbody tr"):
+            line = whole.new_tag("p", attrs={key: row[key] for key in ("id",) if key in row.attrs})
+            line["class"] = "kvmbook-line"
+            for place, cell in enumerate(row.find_all("td")):
+                line.extend([", " if place > 1 else ": " if place else "", *list(cell.find("p").children)])
+            table.insert_before(line)
+        table.decompose()
+
+
+# ---- one page --------------------------------------------------------------------------------------------------------
 
 
 def relocate(tag: Any, file: str, names: dict[str, str]) -> None:
@@ -96,6 +167,14 @@ def print_book(pages: pathlib.Path, out: pathlib.Path, browser: Browser) -> None
     """Write the PDF."""
     page_file = pages / PRINT_NAME
     page_file.write_text(one_page(pages))
+    try:
+        print_page(page_file, out, browser)
+    finally:
+        page_file.unlink()
+
+
+def print_page(page_file: pathlib.Path, out: pathlib.Path, browser: Browser) -> None:
+    """Print one page, when its widgets are drawn."""
     page = browser.new_page(color_scheme="light")
     try:
         open_drawn(page, page_file.as_uri())
@@ -106,7 +185,6 @@ def print_book(pages: pathlib.Path, out: pathlib.Path, browser: Browser) -> None
         )  # fmt: skip
     finally:
         page.close()
-        page_file.unlink()
 
 
 if __name__ == "__main__":
