@@ -7,18 +7,19 @@ import pkgutil
 
 import kvmbook.exercises
 import kvmbook.views
-from kvmbook.views import Panel
+from kvmbook.views import NumberGuess, Panel
 
 
 @functools.cache
 def by_title():
-    """Every panel of the package, by its title: what its functions without arguments that promise a `Panel` return."""
+    """Every panel of the package, by its title: what its functions without parameters that promise a `Panel` return."""
     found = {}
     for room in pkgutil.iter_modules(kvmbook.views.__path__, "kvmbook.views."):
         module = importlib.import_module(room.name)
         for name, function in inspect.getmembers(module, inspect.isfunction):
-            promises = str(inspect.signature(function).return_annotation)
-            if function.__module__ == module.__name__ and promises.endswith("Panel") and not name.startswith("_"):
+            wants = inspect.signature(function)
+            promises = str(wants.return_annotation).endswith("Panel") and not wants.parameters
+            if function.__module__ == module.__name__ and promises and not name.startswith("_"):
                 panel = function()
                 found[panel.title] = panel
     assert all(isinstance(panel, Panel) for panel in found.values())
@@ -28,8 +29,31 @@ def by_title():
 @functools.cache
 def quizzes():
     """Every question of the book, by what is asked."""
-    made = []
+    return {quiz.asked: quiz for quiz in asked_by("quiz_")}
+
+
+@functools.cache
+def guesses():
+    """Every guess of the book, by what is asked."""
+    return {guess.title: guess for guess in asked_by("guess_")}
+
+
+def asked_by(prefix):
+    """What the exercises' functions whose names begin so ask."""
     for room in pkgutil.iter_modules(kvmbook.exercises.__path__, "kvmbook.exercises."):
         module = importlib.import_module(room.name)
-        made += [function() for name, function in vars(module).items() if name.startswith("quiz_")]
-    return {quiz.asked: quiz for quiz in made}
+        yield from (function() for name, function in vars(module).items() if name.startswith(prefix))
+
+
+def guess_the_most(widget, live):
+    """Guess the most that there can be, with the keys alone, and see; what must be said then."""
+    if isinstance(live, NumberGuess):
+        widget.get_by_role("textbox").fill(str(live.top))
+        widget.get_by_role("textbox").press("Enter")
+        return live.guess(live.top)
+    points = widget.get_by_role("slider")
+    points.first.press("End")
+    for number in range(len(live.truth) - 1):
+        points.nth(number).press("ArrowRight")
+    widget.get_by_role("button", name="Show what the model says").press("Enter")
+    return live.guess([live.top] * len(live.truth))

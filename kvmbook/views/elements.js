@@ -55,7 +55,7 @@ function readoutLine() {
 // The size of a picture's wide or narrow form.
 function sizeOf(svg, narrow) {
   const found = (narrow && /data-narrow="(\S+) (\S+)"[^>]*role/.exec(svg)) || /viewBox="0 0 (\S+) (\S+)"/.exec(svg);
-  return [Number(found[1]), Number(found[2])];
+  return found ? [Number(found[1]), Number(found[2])] : [1, 0];
 }
 
 // Room for the highest of these pictures, in both forms.
@@ -63,14 +63,14 @@ function keepHeight(figure, drawn) {
   const pictures = drawn.filter(Boolean);
   for (const form of ["wide", "narrow"]) {
     const ratios = pictures.map((svg) => sizeOf(svg, form === "narrow")).map(([width, height]) => height / width);
-    figure.style.setProperty(`--kvmbook-${form}`, ratios.length ? `1 / ${Math.max(...ratios)}` : "auto");
+    figure.style.setProperty(`--kvmbook-${form}`, Math.max(0, ...ratios) ? `1 / ${Math.max(...ratios)}` : "auto");
   }
 }
 
 // Give the picture the form that there is room for.
 function fit(figure) {
   const svg = figure.querySelector("svg");
-  if (!svg) return;
+  if (!svg?.hasAttribute("viewBox")) return;
   const narrow = figure.clientWidth < NARROW && svg.dataset.narrow !== undefined;
   if (svg.dataset.wide === undefined) svg.dataset.wide = svg.getAttribute("viewBox").slice(4);
   figure.classList.toggle("kvmbook-stacked", narrow);
@@ -103,8 +103,9 @@ function stepper(count, get, set, words = momentWords) {
   const at = () => (get() < 0 || get() >= count() ? count() : get());
   const go = (to) => set(to >= count() ? -1 : Math.max(to, 0));
   const alone = (to) => () => {
+    const wanted = to();  // before anything is drawn anew
     stop();
-    go(to());
+    go(wanted);
   };
   const back = button("◀", alone(() => at() - 1)), on = button("▶", alone(() => (at() === count() ? 0 : at() + 1)));
   const play = button("Play", () => {

@@ -153,6 +153,7 @@ def row_parts(row: Row, before: Row | None) -> list[str]:
         text(WHO - 6, 0, row.who, size=SIZE, anchor="end", bold=guest),
         text(WHO + 2, 0, said, size=SIZE, anchor="start", bold=guest or row.flushed),
     ]
+    same: list[str] = []
     was = [None] * 12 if before is None else [cell[2] for cell in _cells(before)]
     for number, (x, width, said) in enumerate(_cells(row)):
         changed = before is not None and said != was[number]
@@ -163,9 +164,8 @@ def row_parts(row: Row, before: Row | None) -> list[str]:
         elif changed:
             parts.append(box(x + 2, -16, width - 4, 21, "none"))
         if said != " ":
-            look = "" if changed or before is None else "same"
-            parts.append(block([text(x + width / 2, 0, said, size=SIZE, bold=changed)], look=look))
-    return parts
+            (parts if changed or before is None else same).append(text(x + width / 2, 0, said, size=SIZE, bold=changed))
+    return [*parts, block(same, look="same")]
 
 
 def _headings() -> list[str]:

@@ -1,5 +1,6 @@
 """The built pages: nothing is asked of another host, every panel works without a kernel and says what the model says."""
 
+import html
 import http.server
 import json
 import random
@@ -11,11 +12,11 @@ import xml.etree.ElementTree as ET
 import nbformat
 import pytest
 from bs4 import BeautifulSoup
-from live_panels import by_title, quizzes
+from live_panels import by_title, guess_the_most, guesses, quizzes
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from kvmbook.views import SpteInspector
-from tools import book, checks, pdf, store_outputs, vendor
+from kvmbook.views import Picture, SpteInspector, step_through
+from tools import book, checks, store_outputs, vendor
 from tools.browser import open_drawn
 
 ROOT = book.ROOT
@@ -90,6 +91,14 @@ def test_no_page_names_a_script_or_style_of_another_host(pages):
 # ---- frozen and live -------------------------------------------------------------------------------------------------
 
 
+ONE_MOMENT = Picture("<svg><title>nothing</title></svg>", "nothing", ["Nothing."])
+
+
+def runs_in(pages, file):
+    """The panels of a page that have no settings, and are stepped through."""
+    return [state for state in widgets_in(pages, file) if state.get("settings") == []]
+
+
 def same_view(state, live):
     """Whether a page carries the script and the style that the package has now; if not, `make run` stores them."""
     return state["_esm"] == str(live._esm) and state["_css"] == str(live._css)
@@ -104,8 +113,10 @@ def test_every_frozen_panel_equals_a_live_one_for_all_combinations(pages, file):
         assert same_view(state, live)
         for trait in ("tables", "leaves", "words"):
             assert state[trait] == json.loads(json.dumps(getattr(live, trait))), trait
-    panels = [state for state in frozen if "settings" in state]
+    panels = [state for state in frozen if state.get("settings")]
     assert panels or inspectors
+    for state in runs_in(pages, file):
+        assert same_view(state, step_through(ONE_MOMENT))
     for state in panels:
         live = by_title()[state["title"]]
         assert same_view(state, live)
@@ -122,6 +133,32 @@ def test_every_frozen_panel_equals_a_live_one_for_all_combinations(pages, file):
         live = quizzes()[state["asked"]]
         assert same_view(state, live)
         assert [state[trait] for trait in ("options", "answer", "because")] == [live.options, live.answer, live.because]
+    for state in (state for state in frozen if "guessed" in state):
+        live = guesses()[state["title"]]
+        assert same_view(state, live)
+        assert not state["told"] and set(state["guessed"]) == {-1}
+        for trait in ("truth", "top", "why", "charts", *(("names", "counted") if "names" in state else ())):
+            assert state[trait] == getattr(live, trait), trait
+
+
+@pytest.mark.parametrize("file", CHAPTERS, ids=lambda file: file.split("/")[1])
+def test_what_stands_beside_a_widget_is_its_first_state(file):
+    """nbval compares these pictures with those of a run; so the states of the runs that have no settings are live, too."""
+    notebook = nbformat.read(ROOT / f"{file}.ipynb", as_version=4)
+    models = notebook.metadata.widgets[checks.WIDGET_STATE]["state"]
+    shown = [output.data for cell in notebook.cells for output in cell.get("outputs", []) if "data" in output]
+    shown = [data for data in shown if checks.WIDGET_VIEW in data]
+    assert shown
+    for data in shown:
+        still, state = data["image/svg+xml"], models[data[checks.WIDGET_VIEW]["model_id"]]["state"]
+        root = ET.fromstring(still)
+        assert root.get("role") == "img" and len(root[0].text) > 20
+        if "panel" in state:
+            state = models[state["panel"].removeprefix("IPY_MODEL_")]["state"]
+        if "settings" in state and "graph" not in next(iter(state["states"].values())):
+            first = state["states"][" | ".join(setting["options"][0] for setting in state["settings"])]
+            assert first["svg"].removeprefix("<svg ") in still
+            assert "".join(first["readout"].split()) in re.sub(r"\s", "", html.unescape(re.sub("<.*?>", "", still)))
 
 
 CLICK_THEM_ALL = """panel => {
@@ -132,7 +169,19 @@ CLICK_THEM_ALL = """panel => {
       const key = chosen.map(input => input.value).join(' | ');
       const figure = panel.querySelector('.kvmbook-figure');
       const title = figure?.querySelector('svg title')?.textContent;
-      said[key] = [panel.querySelector('.kvmbook-readout').textContent, title];
+      const slider = panel.querySelector('.kvmbook-stepper input');
+      const moments = [];
+      for (let at = 0; !slider.closest('[hidden]') && at < Number(slider.max); at += 1) {
+        slider.value = at;
+        slider.dispatchEvent(new Event('input'));
+        const lit = [...panel.querySelectorAll('[data-moment]:not(.kvmbook-past, .kvmbook-coming)')];
+        const hidden = [...panel.querySelectorAll('.kvmbook-coming')];
+        moments.push([panel.querySelector('.kvmbook-readout').textContent,
+          lit.every((part) => Number(part.dataset.moment) === at), hidden.every((part) => Number(part.dataset.moment) > at)]);
+      }
+      slider.value = slider.max;
+      slider.dispatchEvent(new Event('input'));
+      said[key] = [panel.querySelector('.kvmbook-readout').textContent, title, moments];
       return;
     }
     for (const input of left[0]) { input.click(); choose([...chosen, input], left.slice(1)); }
@@ -145,15 +194,18 @@ CLICK_THEM_ALL = """panel => {
 @pytest.mark.parametrize("file", CHAPTERS, ids=lambda file: file.split("/")[1])
 def test_every_combination_is_clicked_in_the_page_and_says_what_the_model_says(visit, pages, file):
     seen = open_page(visit, f"{pages.as_uri()}/", file)
-    clicked = 0
+    clicked, runs = 0, iter(runs_in(pages, file))
     for panel in seen.page.locator(".kvmbook-panel:has(.kvmbook-figure)").all():
-        live = by_title()[panel.locator(".kvmbook-title").inner_text()]
+        live = by_title().get(panel.locator(".kvmbook-title").inner_text())
+        states = live.states if live else next(runs)["states"]
         said = panel.evaluate(CLICK_THEM_ALL)
-        assert set(said) == set(live.states)
-        for key, (readout, title) in said.items():
-            assert readout == live.states[key]["readout"]
-            assert title == ET.fromstring(live.states[key]["svg"])[0].text
+        assert set(said) == set(states)
+        for key, (readout, title, moments) in said.items():
+            assert readout == states[key]["readout"]
+            assert title == ET.fromstring(states[key]["svg"])[0].text
+            assert moments == [[sentence, True, True] for sentence in states[key].get("moments", [])]
             clicked += 1
+    assert next(runs, None) is None
     assert clicked or "10-" in file or "03-" in file
     for quiz in seen.page.locator(".kvmbook-quiz").all():
         assert quiz.locator(".kvmbook-readout").inner_text() == ""
@@ -162,6 +214,9 @@ def test_every_combination_is_clicked_in_the_page_and_says_what_the_model_says(v
         predicted = quiz.locator("input").first.get_attribute("value")
         asked = quiz.locator("legend").inner_text()
         assert quiz.locator(".kvmbook-readout").inner_text() == quizzes()[asked].predict(predicted)
+    for guess in seen.page.locator(".kvmbook-guess").all():
+        said = guess_the_most(guess, guesses()[guess.locator(".kvmbook-asked").inner_text()])
+        assert guess.locator(".kvmbook-readout").inner_text() == said
     seen.clean()
 
 
@@ -209,12 +264,22 @@ def test_the_keyboard_alone_drives_a_panel(visit, pages):
         if page.evaluate("document.activeElement.closest('.kvmbook-panel') !== null"):
             break
     page.keyboard.press("ArrowRight")
-    readout = page.locator(".kvmbook-readout")
-    assert readout.inner_text() == live.states["on | if changed | nobody"]["readout"]
+    readout, first = page.locator(".kvmbook-readout"), live.states["if changed | off | nobody"]
+    assert readout.inner_text() == live.states["always | off | nobody"]["readout"]
     page.keyboard.press("ArrowLeft")
     page.keyboard.press("Tab")
+    page.keyboard.press("Enter")  # show all controls
+    page.keyboard.press("Shift+Tab")
     page.keyboard.press("ArrowRight")
-    assert readout.inner_text() == live.states["off | never | nobody"]["readout"]
+    assert readout.inner_text() == live.states["if changed | off | vCPU 1 reads page 0"]["readout"]
+    page.keyboard.press("ArrowLeft")
+    for _ in range(10):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.type") == "range":
+            break
+    for sentence in reversed(first["moments"]):
+        page.keyboard.press("ArrowLeft")
+        assert readout.inner_text() == sentence
 
 
 # ---- every page ------------------------------------------------------------------------------------------------------
@@ -263,7 +328,7 @@ def said_only_by(pages, kind):
     """(page, word): words of questions, or of panels, that begin like nothing in the text of their page."""
     for file in CHAPTERS:
         article = BeautifulSoup((pages / f"{file}.html").read_text(), "html.parser").article
-        for hidden in article.find_all(class_="kvmbook-words"):
+        for hidden in article.select(".kvmbook-words, .kvmbook-meaning, noscript"):
             hidden.decompose()
         for state in widgets_in(pages, file):
             if "_esm" in state and ("because" in state) == (kind == "question"):
@@ -295,16 +360,6 @@ def test_a_phone_shows_every_page_without_sideways_scrolling(visit, pages):
         seen = open_page(visit, f"{pages.as_uri()}/", file, viewport={"width": 390, "height": 844})
         assert seen.page.evaluate("document.documentElement.scrollWidth") <= 390, file
         seen.context.close()
-
-
-def test_the_pdf_is_one_book(pages, browser, tmp_path):
-    pdf.print_book(pages, tmp_path / "book.pdf", browser)
-    printed = (tmp_path / "book.pdf").read_bytes()
-    assert printed.startswith(b"%PDF-") and len(re.findall(rb"/Type\s*/Page\b", printed)) > 50
-    whole = pdf.one_page(pages)
-    named = set(re.findall(r'\bid="([^"]+)"', whole))
-    assert set(re.findall(r'href="#([^"]+)"', whole)) <= named
-    assert not list(pages.glob("print.html"))
 
 
 # ---- what stops the build --------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 from conftest import Visit
-from live_panels import by_title
+from live_panels import by_title, guess_the_most
 from playwright.sync_api import expect
 
 from kvmbook.views import Panel, SchedulerPanel, SpteInspector, spte_inspector
@@ -19,7 +19,8 @@ from tools.reading import ROOT
 
 NOTEBOOKS = [f"notebooks/{path.name}" for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
 FIRST = NOTEBOOKS[0]
-WIDGET, QUIZ, PANEL = ".kvmbook-panel", ".kvmbook-quiz", ".kvmbook-panel:not(.kvmbook-quiz)"
+WIDGET, QUIZ, GUESS = ".kvmbook-panel", ".kvmbook-quiz", ".kvmbook-guess"
+PANEL = f"{WIDGET}:not({QUIZ}, {GUESS})"
 WINDOW = {"viewport": {"width": 1300, "height": 1000}}
 CHOSEN = """panel => [...panel.querySelectorAll("fieldset")].map((group) =>
   [group.querySelector("legend").textContent, group.querySelector("input:checked").value])"""
@@ -103,14 +104,13 @@ def live_panels():
     return {inspector.title: inspector, **by_title()}
 
 
-def live_quizzes(notebook):
-    """The questions of a chapter, by what is asked; only its own, for some take seconds."""
+def asked_in(notebook, prefix):
+    """What a chapter's functions whose names begin so ask; only its own, for some take seconds."""
     chapter = pathlib.Path(notebook).name[:2]
     if not chapter.isdigit():
-        return {}
+        return []
     module = importlib.import_module(f"kvmbook.exercises.ch{chapter}")
-    questions = [ask() for name, ask in inspect.getmembers(module, inspect.isfunction) if name.startswith("quiz_")]
-    return {question.asked: question for question in questions}
+    return [ask() for name, ask in inspect.getmembers(module, inspect.isfunction) if name.startswith(prefix)]
 
 
 def widgets_in(path):
@@ -120,6 +120,12 @@ def widgets_in(path):
         for cell in json.loads(path.read_text())["cells"]
         for output in cell.get("outputs", [])
     )
+
+
+def runs_in(path):
+    """What is stored of the panels of a notebook that have no settings."""
+    stored = json.loads(path.read_text())["metadata"]["widgets"]["application/vnd.jupyter.widget-state+json"]["state"]
+    return [model["state"]["states"][""] for model in stored.values() if model["state"].get("settings") == []]
 
 
 # ---- a reader's hand -------------------------------------------------------------------------------------------------
@@ -145,6 +151,7 @@ def chosen(panel):
 
 def toggle(panel, live):
     """Choose every option of every setting; after each the sentence and the picture are those of the live panel."""
+    show_all_controls(panel)
     for setting in live.settings:
         group = panel.get_by_role("group", name=setting["name"], exact=True)
         for option in setting["options"]:
@@ -154,6 +161,28 @@ def toggle(panel, live):
             agrees(panel, live)
             if picture := live.states[" | ".join(live.chosen.values())].get("svg"):
                 expect(panel.locator(".kvmbook-figure svg > title")).to_have_text(ET.fromstring(picture)[0].text)
+
+
+def show_all_controls(panel):
+    """Press the button, if some controls are not there yet."""
+    button = panel.get_by_role("button", name="Show all controls", exact=True)
+    if button.count():
+        button.click()
+
+
+def toggle_and_step(panel, live):
+    """`toggle`, then go through the run that is shown, if it is one."""
+    toggle(panel, live)
+    step(panel, live.moments)
+    agrees(panel, live)
+
+
+def step(panel, moments):
+    """From the whole run through each moment, and back to the whole."""
+    whole = said_by(panel).text_content()
+    for sentence in (*moments, whole) if moments else ():
+        panel.get_by_role("button", name="one moment on", exact=True).click()
+        expect(said_by(panel)).to_have_text(sentence)
 
 
 def schedule(panel, live):
@@ -177,7 +206,26 @@ def schedule(panel, live):
     step = live.possible()[0]
     panel.locator(f'button[data-step="{step}"]').click()
     expect(said_by(panel)).to_have_text(live.do(step))
-    assert panel.locator(".kvmbook-now tr > :nth-child(2)").all_text_contents() == [said for _, said in live.rows]
+    assert panel.locator(".kvmbook-said").all_text_contents() == [said for _, said in live.rows]
+    write(panel, live)
+
+
+def write(panel, live):
+    """Write a run and step through it; write one that is not possible."""
+    for written in ("v r; kvm; v r; host ages; user e", "v r; host sleeps", "page"):
+        panel.get_by_role("textbox").fill(written)
+        press(panel, "Run it")
+        try:
+            live.write(written)
+            said = ""
+        except ValueError as wrong:
+            said = str(wrong)
+        expect(panel.locator(".kvmbook-wrong")).to_have_text(said)
+        agrees(panel, live)
+        while live.moment >= 0:
+            live.step(live.moment + 1 if live.moment + 1 < len(live.path) else -1)
+            panel.get_by_role("button", name="one moment on", exact=True).click()
+            agrees(panel, live)
 
 
 def decode(panel, live):
@@ -212,7 +260,7 @@ def predict(quiz, live):
         expect(said_by(quiz)).to_have_text(live.predict(option))
 
 
-HANDS = {SpteInspector: decode, SchedulerPanel: schedule, Panel: toggle}  # the first that fits
+HANDS = {SpteInspector: decode, SchedulerPanel: schedule, Panel: toggle_and_step}  # the first that fits
 
 
 def play(panel, live):
@@ -225,24 +273,36 @@ def play(panel, live):
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS)
 def test_a_chapter_opens_runs_and_can_be_played_with(notebook, lab, chapter):
-    page, quizzes = chapter.page, live_quizzes(notebook)
+    page, quizzes = chapter.page, {quiz.asked: quiz for quiz in asked_in(notebook, "quiz_")}
+    guesses = {guess.title: guess for guess in asked_in(notebook, "guess_")}
     lab.wait_until_run(page)
     assert not errors_in(page)
     expect(page.locator(WIDGET)).to_have_count(widgets_in(lab.book / notebook))
     assert page.locator(PANEL).count()
+    runs = iter(runs_in(lab.book / notebook))
     for panel in page.locator(PANEL).all():
-        play(panel, live_panels()[title_of(panel)])
+        if live := live_panels().get(title_of(panel)):
+            play(panel, live)
+        else:  # a run of this chapter, as it is stored
+            step(panel, next(runs)["moments"])
+    assert next(runs, None) is None
     expect(page.locator(QUIZ)).to_have_count(len(quizzes))
     for quiz in page.locator(QUIZ).all():
         predict(quiz, quizzes[quiz.locator("legend").text_content()])
+    expect(page.locator(GUESS)).to_have_count(len(guesses))
+    for guess in page.locator(GUESS).all():
+        live = guesses[guess.locator(".kvmbook-asked").text_content()]
+        expect(said_by(guess)).to_have_text(guess_the_most(guess, live))
     assert not errors_in(page)
     chapter.clean()
 
 
 def test_the_keyboard_alone_drives_a_panel_and_jupyterlab_takes_no_key(unrun):
     page, keys = unrun.page, unrun.page.keyboard
-    panel = page.locator(PANEL)
+    panel = page.locator(PANEL).first
     live, cells = live_panels()[title_of(panel)], page.locator(".jp-Cell").count()
+    show_all_controls(panel)
+    page.locator(".jp-Notebook").evaluate("notebook => document.activeElement.blur()")
     assert press_tab_until(page, ON_RADIO)
     selected = page.evaluate(SELECTED)
     for setting in live.settings:
@@ -258,7 +318,7 @@ def test_the_keyboard_alone_drives_a_panel_and_jupyterlab_takes_no_key(unrun):
         keys.type("abmxdd")  # JupyterLab's keys for adding, changing, cutting, deleting cells
         keys.press("Tab")
     assert not page.evaluate(ON_RADIO)
-    assert page.locator(".jp-Cell").count() == cells and panel.count() == 1
+    assert page.locator(".jp-Cell").count() == cells
     unrun.clean()
 
 
@@ -272,8 +332,8 @@ def press_tab_until(page, wanted):
 
 
 def test_a_panel_works_before_anything_is_run(unrun):
-    panel = unrun.page.locator(PANEL)
-    toggle(panel, live_panels()[title_of(panel)])
+    panel = unrun.page.locator(PANEL).first
+    toggle_and_step(panel, live_panels()[title_of(panel)])
     unrun.clean()
 
 
@@ -284,7 +344,7 @@ def test_a_panel_that_carries_nothing_asks_its_kernel(lab, visit):
     lab.start_running(seen.page, notebook)
     lab.wait_until_run(seen.page)
     assert not errors_in(seen.page)
-    panel = seen.page.locator(PANEL)
+    panel = seen.page.locator(PANEL).first
     for number in ("3", "2", "1", "3"):
         panel.get_by_label(number, exact=True).check()
         expect(said_by(panel)).to_have_text(f"{int(number) ** 2} is the square.")
