@@ -113,11 +113,11 @@ def for_the_page(notebook: Any) -> Any:
 
 
 def words_of(model: dict[str, Any]) -> Iterator[str]:
-    """What a search should find of a question, with its answer, and of a panel as it is when the page is opened."""
+    """What a search should find of a question or a guess, with its answer, and of a panel when the page is opened."""
     if "because" in model:
         yield from (model["asked"], *model["options"], model["because"])
         return
-    yield model.get("title", "")
+    yield from (model.get("title", ""), model.get("why", ""))
     settings = model.get("settings", [])
     for setting in settings:
         yield from (setting["name"], *setting["options"])
