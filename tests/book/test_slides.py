@@ -79,6 +79,25 @@ def test_a_deck_shows_a_panel_and_two_questions(deck):
 
 
 @by_deck
+def test_no_slide_is_bare_print_output_and_what_stands_in_columns_is_a_table(deck):
+    number, more = 0, []
+    for cell in assembled(deck).cells:
+        kind = cell.metadata.slideshow.slide_type
+        if kind == "slide":
+            number, more = number + 1, []
+        if cell.cell_type == "code":
+            printed = [output.text for output in cell.outputs if output.output_type == "stream"]
+            more += [cell] if "transient" not in cell.metadata or len(printed) < len(cell.outputs) else []
+            for lines in map(str.splitlines, printed if "transient" in cell.metadata else []):
+                columns = [line for line in lines if re.search(r"\S {2,}\S", line)]
+                assert len(columns) < len(lines) or len(lines) < 3, (number, lines)
+        elif kind == "notes":
+            assert more or number == 1, f"slide {number} has a heading and what was printed"
+        else:
+            more += [line for line in cell.source.splitlines() if line and not line.startswith("## ")]
+
+
+@by_deck
 def test_only_the_models_that_are_shown_are_kept(deck):
     shown = {cell.metadata.shows for cell in assembled(deck).cells if "shows" in cell.metadata}
     states = assembled(deck).metadata.widgets[slides.WIDGET_STATE]["state"]
