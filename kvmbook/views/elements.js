@@ -22,7 +22,7 @@ function radioGroup(legend, options, choose) {
   for (const option of options) {
     const input = element("input", { type: "radio", name: group, value: option, ...OWN_KEYS });
     input.addEventListener("change", () => choose(option));
-    fieldset.append(element("label", {}, input, element("span", {}, option)));
+    fieldset.append(element("label", {}, input, element("span", { "data-said": option }, option)));
   }
   return fieldset;
 }

@@ -189,7 +189,7 @@ function render({ model, el }) {
       const [name, state, said, stale] = g.rows[row];
       const was = before !== null && before[i] !== row ? ` was: ${g.rows[before[i]][2]}` : "";
       const line = element("div", {}, element("span", { class: "kvmbook-said" }, said), element("i", {}, was));
-      const room = element("div", { class: "kvmbook-room", "data-room": `${longest[name]} was: ${longest[name]}`, "aria-hidden": "true" });
+      const room = element("div", { class: "kvmbook-room", "data-room": `${longest[name]} was: ${longest[name]}`, "data-short": longest[name], "aria-hidden": "true" });
       const cell = element("td", {}, element("div", { class: "kvmbook-cell" }, line, room));
       const fill = look[state];
       if (fill && fill !== "none") Object.assign(cell.style, { background: fill, color: ink });

@@ -181,7 +181,7 @@ CLICK_THEM_ALL = """panel => {
       }
       slider.value = slider.max;
       slider.dispatchEvent(new Event('input'));
-      said[key] = [panel.querySelector('.kvmbook-readout').textContent, title, moments];
+      said[key] = [panel.querySelector('.kvmbook-readout').textContent, title, moments, panel.offsetHeight];
       return;
     }
     for (const input of left[0]) { input.click(); choose([...chosen, input], left.slice(1)); }
@@ -198,9 +198,12 @@ def test_every_combination_is_clicked_in_the_page_and_says_what_the_model_says(v
     for panel in seen.page.locator(".kvmbook-panel:has(.kvmbook-figure)").all():
         live = by_title().get(panel.locator(".kvmbook-title").inner_text())
         states = live.states if live else next(runs)["states"]
+        for button in panel.get_by_role("button", name="Show all controls").all():
+            button.click()
         said = panel.evaluate(CLICK_THEM_ALL)
         assert set(said) == set(states)
-        for key, (readout, title, moments) in said.items():
+        assert len({height for *_, height in said.values()}) == 1  # nothing jumps
+        for key, (readout, title, moments, _) in said.items():
             assert readout == states[key]["readout"]
             assert title == ET.fromstring(states[key]["svg"])[0].text
             assert moments == [[sentence, True, True] for sentence in states[key].get("moments", [])]
@@ -229,6 +232,61 @@ def test_the_scheduler_is_played_to_a_loss_without_a_kernel(visit, pages):
         step = live.possible()[0]
         panel.locator(f'button[data-step="{step}"]').click()
         assert panel.locator(".kvmbook-readout").inner_text() == live.do(step)
+    seen.clean()
+
+
+@pytest.mark.parametrize("width", [1366, 390])
+def test_the_scheduler_does_not_jump_and_buttons_stay_under_the_finger(visit, pages, width):
+    seen = open_page(
+        visit, f"{pages.as_uri()}/", "notebooks/10-every-interleaving", viewport={"width": width, "height": 900}
+    )
+    panel, chance = seen.page.locator(".kvmbook-scheduler").first, random.Random(7)
+    places, heights = {}, set()
+    for _ in range(60):
+        for step, place in panel.evaluate(PLACES):
+            assert places.setdefault(step, place) == place, step
+        heights.add(panel.evaluate("panel => panel.offsetHeight"))
+        buttons = panel.locator("[data-step]")
+        buttons.nth(chance.randrange(buttons.count())).click()
+    assert len(heights) == 1 and len(places) > 10
+    seen.clean()
+
+
+PLACES = """panel => [...panel.querySelectorAll("[data-step]")].map((button) => {
+  const [at, origin] = [button, panel].map((one) => one.getBoundingClientRect());
+  return [button.dataset.step, [at.x - origin.x, at.y - origin.y, at.width, at.height].map(Math.round).join()];
+})"""
+
+
+def test_the_text_unlocks_controls_and_a_reader_may_skip_it(visit, pages):
+    seen = open_page(visit, f"{pages.as_uri()}/", "notebooks/01-a-write-that-nobody-saw")
+    panels = seen.page.locator(".kvmbook-panel:has(.kvmbook-figure)")
+    shown = [panel.locator("fieldset:visible").count() for panel in panels.all()]
+    assert shown == [1, 2, 3]
+    panels.nth(1).get_by_label("on", exact=True).check()  # one panel, seen in three places
+    for panel in panels.all():
+        assert panel.get_by_label("on", exact=True).is_checked() and panel.get_by_label("on", exact=True).is_visible()
+    assert [panel.locator("fieldset:visible").count() for panel in panels.all()] == [2, 2, 3]
+    panels.first.get_by_role("button", name="Show all controls").click()
+    assert [panel.locator("fieldset:visible").count() for panel in panels.all()] == [3, 3, 3]
+    assert seen.page.get_by_role("button", name="Show all controls").count() == 0
+    panels.nth(1).get_by_label("off", exact=True).check()
+    assert panels.first.locator("fieldset:visible").count() == 3  # remembered while the page is open
+    seen.clean()
+
+
+@pytest.mark.parametrize("file", ["01-a-write-that-nobody-saw", "08-enabling-dirty-logging", "10-every-interleaving"])
+def test_on_a_phone_pictures_of_panels_are_stacked_and_not_scrolled(visit, pages, file):
+    seen = open_page(visit, f"{pages.as_uri()}/", f"notebooks/{file}", viewport={"width": 390, "height": 844})
+    figures = seen.page.locator(".kvmbook-figure")
+    assert figures.count()
+    for figure in figures.all():
+        inside, outside, letters = figure.evaluate(
+            """figure => [figure.scrollWidth, figure.clientWidth,
+            [...figure.querySelectorAll("text")].filter((text) => text.getClientRects().length).map((text) =>
+            Number(getComputedStyle(text).fontSize.slice(0, -2)) * text.getScreenCTM().a)]"""
+        )
+        assert inside <= outside and min(letters) >= 9, (inside, outside, min(letters))
     seen.clean()
 
 

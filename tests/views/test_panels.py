@@ -1,12 +1,26 @@
 """Panels carry what the model says, for every combination; pictures are deterministic and say what they show."""
 
+import pathlib
+import re
+
 import pytest
 from drawn import moment, overlapping
 
 from kvmbook import FlushPolicy, Hardware, Kernel, Vm, scenes
 from kvmbook.model import Outcome
 from kvmbook.search import Grain, explore
-from kvmbook.views import Panel, View, drawing, lose_a_write, search_progress, step_through, who_flushes_where
+from kvmbook.views import (
+    Panel,
+    View,
+    drawing,
+    lose_a_write,
+    search_progress,
+    step_through,
+    who_flushes_where,
+    word_figures,
+)
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 NO_AD = Hardware.ept(ad_bits=False)
 
@@ -160,6 +174,27 @@ def test_a_panel_that_does_not_carry_its_states_computes_the_chosen_one():
 def test_the_cliff():
     for policy, expected in (("IF_CHANGED", [0, 0, 0, 64]), ("ALWAYS", [0] * 4), ("NEVER", [64] * 4)):
         assert [scenes.missed_against_aged(FlushPolicy[policy], aged) for aged in (0, 32, 63, 64)] == expected
+
+
+def contrast(one, other):
+    """How much two colours differ, as WCAG 2 counts it."""
+
+    def light(colour):
+        parts = [int(colour[n : n + 2], 16) / 255 for n in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    bright, dark = sorted((light(one), light(other)), reverse=True)
+    return (bright + 0.05) / (dark + 0.05)
+
+
+def test_all_text_stands_out():
+    fills = [fill for fill, _ in drawing.LOOK.values()] + list(word_figures.KINDS.values())
+    for fill in fills:
+        assert fill == "none" or contrast(drawing.INK, fill) >= 4.5, fill
+    light, dark = re.search(r"#\w{6}", drawing.LOST)[0], re.search(r"--kvmbook-lost: (#\w{6})", drawing.ALONE)[1]
+    assert contrast(light, "#ffffff") >= 4.5 and contrast(dark, "#1b1b1b") >= 4.5
+    assert dark in (ROOT / "kvmbook/views/panel.css").read_text()
 
 
 def test_pictures_escape_what_they_say():
