@@ -34,7 +34,7 @@ def minutes(chapter: Any) -> int:
         if cell.cell_type == "markdown":
             taken += len(cell.source.split()) / 200
         elif any(WIDGET_VIEW in output.get("data", {}) for output in cell.outputs):
-            taken += 1 if "quiz_" in cell.source else 3
+            taken += 1 if re.search(r"\b(quiz|guess)_\d", cell.source) else 3
         elif "solution" in cell.metadata.get("tags", []):
             taken += 10
         else:

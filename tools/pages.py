@@ -14,10 +14,13 @@ from urllib.parse import quote
 from bs4 import BeautifulSoup, Tag
 from docutils.nodes import make_id
 
-from kvmbook import views
+from kvmbook.views import INK, LOOK
 from tools import glossary
 
-STATES = {state: fill for state, (fill, _) in views.drawing.LOOK.items() if fill != "none"}
+STATES = {state: fill for state, (fill, _) in LOOK.items() if fill != "none"}
+IN_PROSE = re.compile(r"(?<![\w-])(writable|clean|write-protected|access-tracked|read-only)(?![\w-])")
+PROSE, NOT_PROSE = ["p", "li", "td"], ["a", "code", "pre", "script", "noscript", "svg", "h1", "h2", "h3"]
+NOT_OURS = ["cell", "kvmbook-state", "kvmbook-meaning"]  # results, words that have a ground already, boxes
 LONG = 12  # letters; a name with no more is never broken
 FUNCTION_MAP, GLOSSARY = "book/function-map", "book/glossary"
 
@@ -73,17 +76,30 @@ def explain_words(soup: BeautifulSoup) -> None:
 
 
 def colour_states(soup: BeautifulSoup) -> None:
-    """A word in italics or bold that is a state of the pictures has the ground that the state has there."""
+    """A word in italics or bold that is a state of the pictures has the ground that the state has there. Elsewhere in the
+    prose the name of an SPTE's or TLB entry's state is underlined in that colour."""
     for word in soup.find_all(["em", "strong"]):
         state = word.get_text()
         if state in STATES:
             word["class"] = ["kvmbook-state", f"kvmbook-state-{state}"]
+    for written in soup.find_all(string=IN_PROSE):
+        if (
+            written.find_parent(PROSE)
+            and not written.find_parent(NOT_PROSE)
+            and not written.find_parent(class_=NOT_OURS)
+        ):
+            for number, part in enumerate(IN_PROSE.split(str(written))):
+                named = soup.new_tag("span", attrs={"class": f"kvmbook-named kvmbook-named-{part}"})
+                named.string = part
+                written.insert_before(named if number % 2 else part)
+            written.extract()
 
 
 def states_style() -> str:
     """The style of these words: the colours of the pictures."""
     rules = [f".kvmbook-state-{state} {{ background: {fill}; }}" for state, fill in STATES.items()]
-    return "\n".join([f".kvmbook-state {{ color: {views.drawing.INK}; }}", *rules, ""])
+    rules += [f".kvmbook-named-{state} {{ text-decoration-color: {fill}; }}" for state, fill in STATES.items()]
+    return "\n".join([f".kvmbook-state {{ color: {INK}; }}", *rules, ""])
 
 
 def break_names(soup: BeautifulSoup) -> None:

@@ -5,7 +5,7 @@ The only wing that imports matplotlib or a widget library. `drawing` is what pic
 mechanism of all panels; each panel has a room. For notebooks and exercises.
 """
 
-from kvmbook.views.drawing import Picture
+from kvmbook.views.drawing import INK, LOOK, Picture
 from kvmbook.views.enabling_panels import lose_a_write, who_flushes_where
 from kvmbook.views.figures import plot_missed, plot_rules, timeline_picture
 from kvmbook.views.guess import Guess, NumberGuess, ShapeGuess

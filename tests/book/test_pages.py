@@ -149,9 +149,15 @@ def test_the_ink_is_legible_on_the_colour_of_every_state():
 
 
 def test_only_a_word_that_is_a_state_as_a_whole_is_coloured():
-    soup = BeautifulSoup("<p><em>read-only</em> <em>read-only slot</em> writable <code>clean</code></p>", "html.parser")
+    told = (
+        "<p><em>read-only</em> <em>read-only slot</em> writable, MMU-writable, <code>clean</code> &lt; <a>clean</a></p>"
+    )
+    soup = BeautifulSoup(f"{told}<h2>clean</h2><div class='cell'><p>clean</p></div>", "html.parser")
+    said = soup.get_text()
     pages.colour_states(soup)
     assert [word.get_text() for word in soup.select(".kvmbook-state")] == ["read-only"]
+    assert [word.get_text() for word in soup.select(".kvmbook-named")] == ["read-only", "writable"]
+    assert soup.get_text() == said
 
 
 COLOURS = """() => {
