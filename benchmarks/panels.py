@@ -33,7 +33,7 @@ CLICK = """([setting, option]) => new Promise((drawn) => {
     observer.disconnect();
     requestAnimationFrame(() => requestAnimationFrame(() => drawn(performance.now() - start)));
   });
-  observer.observe(figure, { childList: true });
+  observer.observe(figure, { childList: true, subtree: true });
   input.click();
 })"""
 

@@ -307,26 +307,32 @@ def _badge(x: float, y: float, said: str) -> list[str]:
     return [around, text(round(x, 1), round(y + 5, 1), said, size=13, bold=True, fill=INK)]
 
 
+def _ring(x: float, y: float, wide: float = WIDE, high: float = HIGH) -> str:
+    """Where the run is at a moment: seen only while that moment is lit."""
+    extra = ' stroke-width="4" class="kvmbook-here" visibility="hidden"'
+    return box(x - wide / 2 - 5, y - high / 2 - 5, wide + 10, high + 10, "none", extra=extra)
+
+
 def _lit_parts(board: _Board, graph: Graph, lit: Sequence[Action]) -> list[str]:
-    """The run as a thick line with the numbers of its steps, and those steps in words."""
+    """The run as a thick line with the numbers of its steps, and those steps in words; one moment a step, after the start."""
     spots = [board.spots[state] for state in graph.walk(lit)]
-    shown = spots[: spots.index(NOWHERE) + 1] if NOWHERE in spots else spots
-    parts, badges, stays = list[str](), list[str](), list[int]()
-    for number, (a, b) in enumerate(pairwise(shown), 1):
+    places = {**board.place, NOWHERE: (board.left["on"] + PANEL / 2, board.lost_y + 18)}
+    room = {NOWHERE: (PANEL, 36)}
+    paths, marks, stays = [], [block([_ring(*places[spots[0]])], moment=0)], list[int]()
+    for number, (action, (a, b)) in enumerate(zip(lit, pairwise(spots), strict=True), 1):
+        y, stay = board.lost_y + 74 + 20 * number, ": stays in its spot" * (a == b)
+        mark = [text(34, y, str(number), size=13, anchor="end")]
+        mark += [text(42, y, label(action) + stay, size=13, anchor="start"), _ring(*places[b], *room.get(b, ()))]
         stays = [*stays, number] if a == b else []
-        if a == b and (number + 1 == len(shown) or shown[number + 1] != b):
-            x, y = board.place[b]
-            badges += _badge(x, y + HIGH / 2 + 6, "-".join(dict.fromkeys([str(stays[0]), str(stays[-1])])))
-        elif a != b:
+        if a != b and NOWHERE not in spots[:number]:
             path, x, y = board.connector(a, b)
-            parts += [f'<path d="{path}" {LIT}/>']
-            badges += _badge(x, y, str(number))
-    for number, action in enumerate(lit, 1):
-        stay = ": stays in its spot" if spots[number] == spots[number - 1] else ""
-        y = board.lost_y + 74 + 20 * number
-        parts.append(text(34, y, str(number), size=13, anchor="end"))
-        parts.append(text(42, y, label(action) + stay, size=13, anchor="start"))
-    return parts + badges
+            paths.append(block([f'<path d="{path}" {LIT}/>'], moment=number))
+            mark += _badge(x, y, str(number))
+        elif a == b != NOWHERE and spots[number + 1 : number + 2] != [b]:
+            said = "-".join(dict.fromkeys([str(stays[0]), str(stays[-1])]))
+            mark += _badge(places[b][0], places[b][1] + HIGH / 2 + 6, said)
+        marks.append(block(mark, moment=number))
+    return paths + marks
 
 
 def page_graph_picture(hardware: Hardware, kernel: Kernel, lit: Sequence[Action] | None = None) -> Picture:
@@ -342,6 +348,16 @@ def page_graph_picture(hardware: Hardware, kernel: Kernel, lit: Sequence[Action]
     for n, line in enumerate(told):
         parts.append(text(10, board.lost_y + 10 + 20 * n, line, size=13, anchor="start", bold=n == 3))
     ends = "no run loses a write" if graph.distance[0] is None else f"a run of {graph.distance[0]} steps loses a write"
-    alt = f"One page and one vCPU: {said}; {ends}. " + "; ".join(f"{n}. {label(a)}" for n, a in enumerate(run, 1))
+    steps = [f"{number}. {label(action)}" for number, action in enumerate(run, 1)]
+    alt = f"One page and one vCPU: {said}; {ends}. " + "; ".join(steps)
     height = max(board.height, board.lost_y + 84 + 20 * len(run))
-    return Picture(svg(board.left["on"] + PANEL + 6, height, alt.strip(), parts), alt.strip())
+    moments = (
+        ["At the start.", *(f"{step}: {_where(graph, run, n)}." for n, step in enumerate(steps, 1))] if run else []
+    )
+    return Picture(svg(board.left["on"] + PANEL + 6, height, alt.strip(), parts), alt.strip(), moments)
+
+
+def _where(graph: Graph, run: Sequence[Action], steps: int) -> str:
+    """In which spot a run is after some of its steps, in words."""
+    board, spte, tlb = spot_of(graph.states[graph.walk(run[:steps])[-1]])
+    return f"{BOARDS[board]}, SPTE {spte}, TLB {tlb}" if board != NOWHERE[0] else "the write is lost"

@@ -208,11 +208,23 @@ def test_the_picture_of_the_graph(ad_bits, flush):
     assert not overlapping(picture)
 
 
+def test_each_moment_of_the_graph_is_a_state_of_the_run():
+    hardware, kernel = HARDWARE["off"], Kernel.v5_19
+    picture, vm = page_graph_picture(hardware, kernel), smallest_vm(hardware, kernel, grain=Grain.ACCESS)
+    trace = explore(hardware, kernel, grain=Grain.ACCESS).trace
+    assert len(picture.moments) == len(trace) + 1
+    for action, sentence in zip(trace, picture.moments[1:], strict=True):
+        act(vm, action, Grain.ACCESS)
+        page = now_of(vm).pages[0]
+        assert label(action) in sentence
+        assert ("the write is lost" in sentence) == page.lost != (f"SPTE {page.spte}, TLB {page.tlb[0]}" in sentence)
+
+
 def test_a_run_to_light_must_be_possible():
     hardware, kernel = HARDWARE["off"], Kernel.v5_19
     trace = explore(hardware, kernel, grain=Grain.ACCESS).trace
     assert page_graph_picture(hardware, kernel, trace).svg == page_graph_picture(hardware, kernel).svg
-    assert "lit" not in page_graph_picture(hardware, kernel, ()).svg
+    assert "lit:" not in page_graph_picture(hardware, kernel, ()).svg
     with pytest.raises(ValueError, match="'user space kvm_swap_active_memslots' is not possible now"):
         page_graph_picture(hardware, kernel, trace[3:])
     for more in ("reads", "writes"):  # a run may go on after the loss
