@@ -207,7 +207,10 @@ def prepare(where: str, cell: Any, chapter: Any, with_code: bool) -> None:
             cell.metadata.shows = shown[WIDGET_VIEW]["model_id"]
             if "_esm" not in states.get(cell.metadata.shows, {}).get("state", {}):
                 raise Wrong(f"{where}: the state of its panel is not stored in the notebook")
-            carried = states[cell.metadata.shows].state.get("states", {}).values()
+            shown_panel = states[cell.metadata.shows].state
+            if "panel" in shown_panel:  # the same panel again, further down in the chapter
+                shown_panel = states[shown_panel.panel.removeprefix("IPY_MODEL_")].state
+            carried = shown_panel.get("states", {}).values()
             cell.metadata.ratio, cell.metadata.tall = layout([state.svg for state in carried if "svg" in state], PANEL)
         elif "text/html" in shown:
             shown["text/html"] = shown["text/html"].replace('tabindex="0" ', "")  # nothing scrolls on a slide

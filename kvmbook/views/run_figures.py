@@ -320,9 +320,9 @@ def _lit_parts(board: _Board, graph: Graph, lit: Sequence[Action]) -> list[str]:
     room = {NOWHERE: (PANEL, 36)}
     paths, marks, stays = [], [block([_ring(*places[spots[0]])], moment=0)], list[int]()
     for number, (action, (a, b)) in enumerate(zip(lit, pairwise(spots), strict=True), 1):
-        y, stay = board.lost_y + 74 + 20 * number, ": stays in its spot" * (a == b)
-        mark = [text(34, y, str(number), size=13, anchor="end")]
-        mark += [text(42, y, label(action) + stay, size=13, anchor="start"), _ring(*places[b], *room.get(b, ()))]
+        line, stay = board.lost_y + 74 + 20 * number, ": stays in its spot" * (a == b)
+        mark = [text(34, line, str(number), size=13, anchor="end")]
+        mark += [text(42, line, label(action) + stay, size=13, anchor="start"), _ring(*places[b], *room.get(b, ()))]
         stays = [*stays, number] if a == b else []
         if a != b and NOWHERE not in spots[:number]:
             path, x, y = board.connector(a, b)
