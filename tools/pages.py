@@ -18,7 +18,8 @@ from kvmbook.views import INK, LOOK
 from tools import glossary
 
 STATES = {state: fill for state, (fill, _) in LOOK.items() if fill != "none"}
-IN_PROSE = re.compile(r"(?<![\w-])(writable|clean|write-protected|access-tracked|read-only)(?![\w-])")
+IN_PROSE = re.compile(r"(?<![\w-])(writable|clean|write-protected|access-tracked)(?![\w-])")
+OF_ENTRIES = re.compile(r"\b(SPTEs?|TLBs?|entry|entries|copy|copies|leaf|leaves)\b")
 PROSE, NOT_PROSE = ["p", "li", "td"], ["a", "code", "pre", "script", "noscript", "svg", "h1", "h2", "h3"]
 NOT_OURS = ["cell", "kvmbook-state", "kvmbook-meaning"]  # results, words that have a ground already, boxes
 LONG = 12  # letters; a name with no more is never broken
@@ -76,18 +77,16 @@ def explain_words(soup: BeautifulSoup) -> None:
 
 
 def colour_states(soup: BeautifulSoup) -> None:
-    """A word in italics or bold that is a state of the pictures has the ground that the state has there. Elsewhere in the
-    prose the name of an SPTE's or TLB entry's state is underlined in that colour."""
+    """A word in italics or bold that is a state of the pictures has the ground that the state has there. In prose that
+    speaks of SPTEs or TLB entries such a word is underlined in that colour."""
     for word in soup.find_all(["em", "strong"]):
         state = word.get_text()
         if state in STATES:
             word["class"] = ["kvmbook-state", f"kvmbook-state-{state}"]
     for written in soup.find_all(string=IN_PROSE):
-        if (
-            written.find_parent(PROSE)
-            and not written.find_parent(NOT_PROSE)
-            and not written.find_parent(class_=NOT_OURS)
-        ):
+        around = written.find_parent(PROSE)
+        ours = around is not None and not written.find_parent(NOT_PROSE) and not written.find_parent(class_=NOT_OURS)
+        if ours and OF_ENTRIES.search(around.get_text()):
             for number, part in enumerate(IN_PROSE.split(str(written))):
                 named = soup.new_tag("span", attrs={"class": f"kvmbook-named kvmbook-named-{part}"})
                 named.string = part
@@ -98,7 +97,11 @@ def colour_states(soup: BeautifulSoup) -> None:
 def states_style() -> str:
     """The style of these words: the colours of the pictures."""
     rules = [f".kvmbook-state-{state} {{ background: {fill}; }}" for state, fill in STATES.items()]
-    rules += [f".kvmbook-named-{state} {{ text-decoration-color: {fill}; }}" for state, fill in STATES.items()]
+    rules += [
+        f".kvmbook-named-{state} {{ text-decoration-color: {fill}; }}"
+        for state, fill in STATES.items()
+        if IN_PROSE.match(state)
+    ]
     return "\n".join([f".kvmbook-state {{ color: {INK}; }}", *rules, ""])
 
 

@@ -22,9 +22,9 @@ sys.path.insert(0, str(ROOT))
 
 from tools.book import contents  # noqa: E402
 from tools.browser import chromium, open_drawn  # noqa: E402
+from tools.checks import WIDGET_STATE  # noqa: E402
 
 FOOTER = '<div style="font-size: 8px; width: 100%; text-align: center"><span class="pageNumber"></span></div>'
-WIDGET_STATES = "application/vnd.jupyter.widget-state+json"
 BACK_IS_ON_THE_PAGES = "This part is on the book's pages only: the same, room by room. So are the model's docstrings."
 PRINT_NAME = "print.html"  # beside the pages while it is printed, so that styles and scripts are found
 
@@ -45,10 +45,10 @@ def one_page(pages: pathlib.Path) -> str:
     assert whole.head is not None and whole.body is not None and whole.title is not None
     for tag in whole.head.find_all(True):
         relocate(tag, front, {})
-    for script in whole.head.find_all("script", type=WIDGET_STATES):
+    for script in whole.head.find_all("script", type=WIDGET_STATE):
         script.extract()
     articles: dict[str, Any] = {}
-    solutions = article_of(whole, "solutions", "Solutions")
+    solutions, last = article_of(whole, "solutions", "Solutions"), ""  # after the last chapter that has any
     for file, name in names.items():
         page = BeautifulSoup((pages / f"{file}.html").read_text(), "html.parser")
         article = page.find("article")
@@ -56,29 +56,29 @@ def one_page(pages: pathlib.Path) -> str:
         article["id"] = name
         for tag in article.find_all(True):
             relocate(tag, file, names)
-        for state in page.find_all("script", type=WIDGET_STATES):
+        for state in page.find_all("script", type=WIDGET_STATE):
             whole.head.append(state.extract())
         for details in article.find_all("details"):
             details["open"] = ""
         if solved := article.select(".cell.tag_solution"):
-            solutions.append(section_of(whole, title_of(article), "h2"))
+            solutions.append(heading_of(whole, title_of(article), "h2"))
             for number, cell in enumerate(solved, 1):
                 solutions.append(moved(whole, name, number, cell))
-            articles.pop("solutions", None)
+            last = name
         articles[name] = article.extract()
-        if solved:
-            articles["solutions"] = solutions  # after this chapter, if it is the last that has any
     make_compact(whole, articles["function-map"])
+    parts = list(articles.items())
+    parts.insert(list(articles).index(last) + 1, ("solutions", solutions))
     whole.body.clear()
     whole.body["class"] = "kvmbook-print"
-    first, *others = articles.values()
+    first, *others = [article for _, article in parts]
     listed = whole.new_tag("ol", attrs={"class": "kvmbook-contents"})
-    for name, article in articles.items():
+    for name, article in parts:
         item = whole.new_tag("li")
         item.append(whole.new_tag("a", href=f"#{name}", string=title_of(article)))
         listed.append(item)
     table = whole.new_tag("article")
-    table.extend([section_of(whole, "Contents", "h2"), listed])
+    table.extend([heading_of(whole, "Contents", "h2"), listed])
     whole.body.extend([first, table, *others])
     whole.title.string = "kvmbook"
     return str(whole)
@@ -92,11 +92,11 @@ def title_of(article: Any) -> str:
 def article_of(whole: BeautifulSoup, name: str, title: str) -> Any:
     """A new article with a heading."""
     article = whole.new_tag("article", id=name)
-    article.append(section_of(whole, title, "h1"))
+    article.append(heading_of(whole, title, "h1"))
     return article
 
 
-def section_of(whole: BeautifulSoup, title: str, level: str, name: str = "") -> Any:
+def heading_of(whole: BeautifulSoup, title: str, level: str, name: str = "") -> Any:
     """A heading."""
     return whole.new_tag(level, string=title, attrs={"id": name} if name else {})
 
@@ -114,7 +114,7 @@ def moved(whole: BeautifulSoup, chapter: str, number: int, cell: Any) -> Any:
     line.extend([f"Solution of {number}: ", whole.new_tag("a", href=f"#{name}", string="after the chapters"), "."])
     exercise["id"] = f"{chapter}-exercise-{number}"
     solution = whole.new_tag("section")
-    heading = section_of(whole, "", "h3", name)
+    heading = heading_of(whole, "", "h3", name)
     heading.append(whole.new_tag("a", href=f"#{exercise['id']}", string=exercise.get_text().rstrip(".")))
     solution.extend([heading, cell.extract()])
     return solution

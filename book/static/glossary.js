@@ -30,6 +30,7 @@
   };
   const leave = () => {
     clearTimeout(leaving);
+    if (word === document.activeElement) return; // the keyboard is there
     leaving = setTimeout(hide, LEAVE);
   };
   const byMouse = (action) => (event) => event.pointerType !== "touch" && action();

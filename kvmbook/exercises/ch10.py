@@ -41,8 +41,8 @@ def quiz_10_1() -> Answer:
         runs = longer
     closed = len(graph.states) == 980 and graph.shortest_loss() is None
     because = (
-        f"Every step from each of these states leads to one of them, so no run ever leaves them. There are {sum(runs):.0e} "
-        f"runs of {depth} steps alone."
+        f"Every step from each of these states leads to one of them, so no run ever leaves them. There are more "
+        f"than 10^{len(str(sum(runs))) - 1} runs of {depth} steps alone."
     )
     return Answer("every run, of any length" if closed else "980 runs were tried", because)
 

@@ -29,11 +29,11 @@ TOUCHES = {"nobody": None, "vCPU 1 reads page 0": "read", "vCPU 1 writes page 0"
 
 @dataclass(frozen=True)
 class Moment:
-    """One column of a page's timeline: who did what, and how the SPTE of page 0 and the TLB of vCPU 0 look after it.
+    """One column of a page's timeline: who did what, and how the page's SPTE and the TLB of vCPU 0 look after it.
 
-    ``spte`` and ``tlb`` are states in words (see `spte_state`), with the rights beside them, "-" for a bit that is 0;
-    ``stale``: the TLB allows more than the SPTE; ``flushed``: a TLB flush was part of it; ``kvm``: what KVM did or saw;
-    ``answered``: of an access, where it was: "TLB", "SPTE" (a walk), or "KVM" (a fault).
+    ``spte`` and ``tlb`` are states in words (see `spte_state`), with the rights beside them ("-" for one of R W X A D that
+    is 0); ``stale``: the TLB allows more than the SPTE; ``flushed``: a TLB flush was part of it; ``kvm``: what KVM did or
+    saw; ``answered``: of an access, where it was: "TLB", "SPTE" (a walk), or "KVM" (a fault).
     """
 
     actor: str
@@ -50,8 +50,10 @@ class Moment:
 
 @dataclass(frozen=True)
 class Scene:
-    """A whole run: ``moments`` of page 0, and for each page what became of its write: "reported" or "missed"."""
+    """A whole run: ``moments`` of the page ``followed``, and for each page what became of its write: "reported" or
+    "missed"."""
 
+    followed: int
     moments: tuple[Moment, ...]
     pages: tuple[str, ...]
     flushes: int
@@ -91,15 +93,17 @@ ANSWERED = {Outcome.HIT: "TLB", Outcome.WALK: "SPTE"}  # by whom; KVM answers al
 
 
 class _Told:
-    """A run while it happens. Each method lets somebody do something, and notes how page 0 looks after it."""
+    """A run while it happens. Each method lets somebody do something, and notes how one page looks after it."""
 
-    def __init__(self, vm: Vm) -> None:
+    def __init__(self, vm: Vm, followed: int = 0) -> None:
         self.vm, self.moments, self.flushes = vm, list[Moment](), vm.counters.flushes
+        self.followed = followed
 
     def then(self, actor: str, action: str, kvm: str, outcome: Outcome | None = None) -> None:
         """Note a moment. ``outcome``: how the access went that it is about."""
         vm, fmt = self.vm, self.vm.fmt
-        spte, entry = vm.spte(BASE_GFN), vm.vcpu[0].tlb.lookup("L1", BASE_GFN)
+        gfn = BASE_GFN + self.followed
+        spte, entry = vm.spte(gfn), vm.vcpu[0].tlb.lookup("L1", gfn)
         says, remembers = spte_state(fmt, spte), tlb_state(entry)
         rights = "".join(c if on else "-" for c, on in zip("RWX", fmt.hardware_rights(spte), strict=True))
         noted = {"A": fmt.spte_shadow_accessed_mask(spte), "D": fmt.spte_shadow_dirty_mask(spte)}
@@ -120,6 +124,11 @@ class _Told:
         )
         self.flushes = vm.counters.flushes
 
+    def reads(self, gfns: range) -> None:
+        """vCPU 0 reads all pages."""
+        outcome = [self.vm.vcpu[0].read(gfn) for gfn in gfns][self.followed]
+        self.then("vCPU 0", "reads", str(outcome), outcome)
+
     def ages(self, gfns: range) -> None:
         """The host ages pages."""
         self.vm.clear_young(gfns.start, gfns.stop)
@@ -135,12 +144,13 @@ class _Told:
 
     def writes_and_harvests(self, gfns: range) -> tuple[str, ...]:
         """vCPU 0 writes all pages, then user space gets the dirty log. Returns the fate of each page."""
-        outcome, *_ = [self.vm.vcpu[0].write(gfn) for gfn in gfns]
-        lost = gfns.start in self.vm.missed_dirty(0)
+        outcome = [self.vm.vcpu[0].write(gfn) for gfn in gfns][self.followed]
+        lost = gfns[self.followed] in self.vm.missed_dirty(0)
         seen = "✓ PML notes it" if outcome in ANSWERED else f"✓ {outcome}"
         self.then("vCPU 0", "writes", "✕ sees nothing" if lost else seen, outcome)
         report = self.vm.get_dirty_log(0)
-        self.then("user space", "harvests", "reports page 0" if report[0] else "reports nothing")
+        said = f"reports page {self.followed}" if report[self.followed] else "reports it not"
+        self.then("user space", "harvests", said)
         missed = set(self.vm.missed_dirty(0).tolist())
         found = zip(gfns, report.tolist(), strict=True)
         return tuple("missed" if gfn in missed else "reported" if bit else "untouched" for gfn, bit in found)
@@ -150,23 +160,23 @@ def write_after_enabling(
     ad_bits: str = "off", flush: FlushRule = FlushPolicy.IF_CHANGED, touched: str = "nobody", pages: int = 16
 ) -> Scene:
     """The seed's scene: vCPU 0 reads all pages, the host ages them, perhaps vCPU 1 touches page 0, user space enables
-    dirty logging, vCPU 0 writes all pages, user space harvests.
+    dirty logging, vCPU 0 writes all pages, user space harvests. Followed is page 1, which vCPU 1 never touches, if there is
+    one.
 
     ``ad_bits`` is a key of `HARDWARE`, ``touched`` a key of `TOUCHES`. Raises KeyError for others.
     """
     vm = Vm(HARDWARE[ad_bits], Kernel.v5_19.with_(flush=flush), vcpus=2)
     gfns = range(BASE_GFN, BASE_GFN + pages)
     vm.set_user_memory_region(slot=0, base_gfn=BASE_GFN, npages=pages)
-    told = _Told(vm)
-    first, *_ = [vm.vcpu[0].read(gfn) for gfn in gfns]
-    told.then("vCPU 0", "reads", str(first), first)
+    told = _Told(vm, followed=min(1, pages - 1))
+    told.reads(gfns)
     told.ages(gfns)
     if kind := TOUCHES[touched]:
         outcome = vm.vcpu[1].complete(kind, BASE_GFN)
-        told.then("vCPU 1", f"{kind}s page 0", str(outcome), outcome)
+        told.then("vCPU 1", f"{kind}s page 0", str(outcome), None if told.followed else outcome)  # of another page
     flushes = told.enables(gfns)
     fates = told.writes_and_harvests(gfns)
-    return Scene(tuple(told.moments), fates, flushes)
+    return Scene(told.followed, tuple(told.moments), fates, flushes)
 
 
 def made_twice(flush: FlushRule = FlushPolicy.IF_CHANGED) -> Scene:
@@ -185,7 +195,7 @@ def made_twice(flush: FlushRule = FlushPolicy.IF_CHANGED) -> Scene:
     told.then("KVM for vCPU 1", "maps again", "maps page 0, over it")
     flushes = told.enables(gfns)
     fates = told.writes_and_harvests(gfns)
-    return Scene(tuple(told.moments), fates, flushes)
+    return Scene(told.followed, tuple(told.moments), fates, flushes)
 
 
 def missed_against_aged(flush: FlushRule, aged: int, pages: int = 64, ad_bits: str = "off") -> int:

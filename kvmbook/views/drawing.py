@@ -2,7 +2,7 @@
 
 One look for the whole book. A state has the same colour *and* the same mark everywhere, so that greyscale and the
 colour-blind lose nothing. Text takes the page's own colour, so that light and dark pages both work. Some pictures have
-*moments*, which a panel steps through, and a *narrow form*, which it takes on a phone.
+*moments*, which a panel steps through, and a *narrow form*, which a panel gives them on a phone.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ LOOK = {
 }
 INK = "#1a1a1a"  # on coloured cells
 LOST = "var(--kvmbook-lost, #b34700)"  # text and lines; a dark page sets a lighter one
-GROUND = "var(--kvmbook-ground, transparent)"
 # Shown as a document of its own, a picture knows no page: it brings ground and ink, light or dark.
 ALONE = (
     "<style>svg:root { color: #1a1a1a; background: #fff } @media (prefers-color-scheme: dark) "
@@ -38,10 +37,20 @@ FONT = 'font-family="system-ui, sans-serif" font-size="14" text-anchor="middle" 
 LETTER = 0.6  # of its size: how wide a letter is, on average, in the widest of the usual fonts
 
 
-def text(x: float, y: float, said: str, *, size: int = 14, anchor: str = "", bold: bool = False, fill: str = "") -> str:
+def text(
+    x: float,
+    y: float,
+    said: str,
+    *,
+    size: int = 14,
+    anchor: str = "",
+    bold: bool = False,
+    fill: str = "",
+    italic: bool = False,
+) -> str:
     """One line of SVG text; centred at x unless ``anchor`` says otherwise, in the page's own text colour without ``fill``."""
     style = (f' font-size="{size}"' * (size != 14)) + (f' text-anchor="{anchor}"' * bool(anchor))
-    style += ' font-weight="bold"' * bold + (f' fill="{fill}"' * bool(fill))
+    style += ' font-weight="bold"' * bold + ' font-style="italic"' * italic + (f' fill="{fill}"' * bool(fill))
     return f'<text x="{x:g}" y="{y:g}"{style}>{escape(said)}</text>'
 
 
@@ -97,8 +106,8 @@ class Picture:
 
 
 def framed(alt: str, title: str, lines: Iterable[str], sentence: str, picture: Picture | None = None) -> Picture:
-    """A title and lines, a picture, and a sentence under it, all drawn: what stands for a widget on paper and on pages that
-    show no widgets."""
+    """A title and lines, a picture, and a sentence under it, all drawn: what stands for a widget where no widgets are
+    shown."""
     width, height = picture.size if picture else (0.0, 0.0)
     wide = max(width, 640.0)
     letters = int(wide / (14 * LETTER))

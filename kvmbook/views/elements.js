@@ -50,6 +50,19 @@ function readoutLine() {
   };
 }
 
+// A function that has ``draw`` called once, soon, however often it is called itself.
+function soon(draw) {
+  let due = false;
+  return () => {
+    if (due) return;
+    due = true;
+    queueMicrotask(() => {
+      due = false;
+      draw();
+    });
+  };
+}
+
 // ---- pictures ----
 
 // The size of a picture's wide or narrow form.
@@ -70,7 +83,7 @@ function keepHeight(figure, drawn) {
 // Give the picture the form that there is room for.
 function fit(figure) {
   const svg = figure.querySelector("svg");
-  if (!svg?.hasAttribute("viewBox")) return;
+  if (!figure.clientWidth || !svg?.hasAttribute("viewBox")) return;  // not in the page now: it keeps its form
   const narrow = figure.clientWidth < NARROW && svg.dataset.narrow !== undefined;
   if (svg.dataset.wide === undefined) svg.dataset.wide = svg.getAttribute("viewBox").slice(4);
   figure.classList.toggle("kvmbook-stacked", narrow);
@@ -81,6 +94,10 @@ function fit(figure) {
   }
   for (const part of svg.querySelectorAll(".kvmbook-narrow")) part.style.display = narrow ? "inline" : "none";
   for (const part of svg.querySelectorAll(".kvmbook-wide")) part.style.display = narrow ? "none" : "inline";
+  const scrolls = figure.scrollWidth > figure.clientWidth;  // then the keyboard must be able to
+  for (const [name, value] of Object.entries({ tabindex: "0", role: "region", "aria-label": "picture, wider than its place" })) {
+    scrolls ? figure.setAttribute(name, value) : figure.removeAttribute(name);
+  }
 }
 
 // Light one moment of the run that a picture tells: what was before is faded, what comes is not there yet. -1: all of it.
@@ -93,27 +110,30 @@ function light(figure, moment) {
   }
 }
 
-const momentWords = (now, last) => (now === last ? "the whole run" : `moment ${now + 1} of ${last}`);
-
-// Buttons and a slider for the moments of a run: 0 to count() - 1, and behind them -1, the whole run.
-function stepper(count, get, set, words = momentWords) {
-  let playing = null;
+// Buttons and a slider for the moments of a run: 0 to count() - 1, and behind them -1, the whole run. It plays until somebody
+// else goes to another moment.
+function stepper(count, get, set, words) {
+  let playing = null, mine = null;
   const slider = element("input", { type: "range", min: "0", "aria-label": "moment of the run", ...OWN_KEYS });
   const said = element("span", { class: "kvmbook-moment" });
   const at = () => (get() < 0 || get() >= count() ? count() : get());
-  const go = (to) => set(to >= count() ? -1 : Math.max(to, 0));
+  const go = (to) => {
+    mine = to >= count() ? -1 : Math.max(to, 0);
+    set(mine);
+  };
   const alone = (to) => () => {
     const wanted = to();  // before anything is drawn anew
     stop();
     go(wanted);
   };
-  const back = button("◀", alone(() => at() - 1)), on = button("▶", alone(() => (at() === count() ? 0 : at() + 1)));
+  const back = button("◀", alone(() => Math.max(at() - 1, 0))), on = button("▶", alone(() => (at() === count() ? 0 : at() + 1)));
   const play = button("Play", () => {
     if (playing !== null) return stop();
     go(at() >= count() - 1 ? 0 : at());
     playing = setInterval(() => {
-      if (at() >= count() - 1) return stop();
+      const last = at() >= count() - 1;
       go(at() + 1);
+      if (last) stop();
     }, 1200);
     draw();
   });
@@ -130,13 +150,17 @@ function stepper(count, get, set, words = momentWords) {
 
   function draw() {
     const now = at(), last = count();
+    if (playing !== null && get() !== mine) {
+      clearInterval(playing);
+      playing = null;
+    }
     slider.max = last;
     slider.value = now;
     slider.setAttribute("aria-valuetext", words(now, last));
     said.textContent = words(now, last);
     play.textContent = playing === null ? "Play" : "Stop";
-    back.disabled = now === 0;
-    on.disabled = play.disabled = slider.disabled = last === 0;
+    back.setAttribute("aria-disabled", now === 0);  // a button that is disabled drops the keyboard
+    back.disabled = on.disabled = play.disabled = slider.disabled = last === 0;
     return now === last ? -1 : now;
   }
 

@@ -14,7 +14,7 @@ def lose_a_write() -> Panel:
     """Chapter 01: the seed's scene, with the reader's hand on the flush rule, the hardware and a second vCPU."""
 
     def show(flush: str, ad_bits: str, touched: str) -> View:
-        scenes = {name: write_after_enabling(ad_bits, policy, touched) for name, policy in POLICIES.items()}
+        scenes = {name: write_after_enabling(ad_bits, POLICIES[name], touched) for name in settings["flush rule"]}
         scene = scenes[flush]
         picture = scene_picture(scene, {name: other.missed for name, other in scenes.items()}, flush)
         if scene.missed:

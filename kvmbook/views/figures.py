@@ -14,14 +14,15 @@ if TYPE_CHECKING:
 
 # ---- a page's timeline -----------------------------------------------------------------------------------------------
 
-COLUMN, LEFT = 150, 76
+COLUMN, LEFT = 150, 84
 TLB_AT, SPTE_AT, KVM_AT, BELOW = 44, 94, 156, 168  # down from the top of a timeline: two cells, what KVM sees, its end
 SIZE = 15
 A_ROW = 2  # moments beside each other in the narrow form
 
 
-def _cell(y: float, state: str, rights: str, stale: bool, changed: bool) -> str:
-    """The SPTE or the TLB entry: its state in words, and its bits. A broken frame: stale; a thick one: changed."""
+def _cell(y: float, state: str, rights: str, stale: bool, changed: bool, lit: bool) -> str:
+    """The SPTE or the TLB entry: its state in words, and its bits. A broken frame: stale; a thick one: changed. ``lit``: the
+    moment is about it."""
     fill, middle = LOOK[state][0], COLUMN / 2 + 5
     frame = ' stroke-width="3"' + ' stroke-dasharray="6 3"' * stale if stale or changed else ' stroke-width="1"'
     parts = [box(12, y, COLUMN - 14, 42, fill, stroke=LOST if stale else "currentColor", extra=frame)]
@@ -31,40 +32,44 @@ def _cell(y: float, state: str, rights: str, stale: bool, changed: bool) -> str:
     else:
         parts.append(text(middle, y + 18, "stale, " * stale + state, size=SIZE, bold=changed or stale, fill=ink))
         parts.append(text(middle, y + 36, rights, size=SIZE, fill=ink))
-    return block(parts, look="" if changed else "same")
+    return block(parts, look="" if lit else "same")
 
 
 def _arrow(answered: str) -> list[str]:
     """How far down an access had to go."""
     end = {"TLB": TLB_AT + 21, "SPTE": SPTE_AT + 21, "KVM": KVM_AT - 5}[answered]
-    return [f'<path d="M5 {TLB_AT - 4}V{end}h6m-5 -5l5 5l-5 5" stroke="currentColor" stroke-width="2" fill="none"/>']
+    line = f"M5 {TLB_AT - 6}V{end}h6m-5 -5l5 5l-5 5"
+    look = 'stroke="currentColor" stroke-width="2"'
+    return [f'<circle cx="5" cy="{TLB_AT - 9}" r="3" {look}/>', f'<path d="{line}" {look} fill="none"/>']
 
 
 def _moment(moment: Moment, before: Moment | None) -> list[str]:
     """One column: who does what, the TLB entry, the SPTE, KVM, and where an access was answered."""
     tlb, spte = (moment.tlb, moment.tlb_rights, moment.stale), (moment.spte, moment.spte_rights)
     lost = moment.kvm.startswith("✕")
+    tlb_new = before is None or tlb[:2] != (before.tlb, before.tlb_rights)
+    spte_new = before is None or spte != (before.spte, before.spte_rights)
     return [
         text(COLUMN / 2 + 5, 16, moment.actor, size=SIZE),
         text(COLUMN / 2 + 5, 35, moment.action, size=SIZE, bold=True),
         *(_arrow(moment.answered) if moment.answered else []),
-        _cell(TLB_AT, *tlb, before is None or tlb[:2] != (before.tlb, before.tlb_rights)),
-        _cell(SPTE_AT, *spte, False, before is None or spte != (before.spte, before.spte_rights)),
+        _cell(TLB_AT, *tlb, tlb_new, tlb_new or moment.answered == "TLB"),
+        _cell(SPTE_AT, *spte, False, spte_new, spte_new or moment.answered == "SPTE"),
         text(COLUMN / 2 + 5, KVM_AT, moment.kvm, size=SIZE, bold=lost or moment.flushed, fill=LOST if lost else ""),
     ]
 
 
-def _row_names(top: float, look: str = "") -> str:
-    """What the rows of a timeline are."""
-    names = (("TLB of", TLB_AT + 18), ("vCPU 0", TLB_AT + 36), ("SPTE of", SPTE_AT + 18), ("page 0", SPTE_AT + 36))
-    parts = [text(LEFT - 2, y, said, size=SIZE, anchor="end", bold=True) for said, y in (*names, ("KVM", KVM_AT))]
-    return block(parts, (0, top), (0, top), look=look)
+def _row_names(page: int, row: int) -> str:
+    """What the rows of a timeline are. The narrow form has several, each below the other; they come with their moments."""
+    said = ("TLB of", TLB_AT + 18), ("vCPU 0", TLB_AT + 36), ("SPTE of", SPTE_AT + 18), (f"page {page}", SPTE_AT + 36)
+    parts = [text(LEFT - 12, y, name, size=SIZE, anchor="end", bold=True) for name, y in (*said, ("KVM", KVM_AT))]
+    at = (0, row * BELOW)
+    return block([block(parts, at, at, look="narrow" if row else "")], moment=row * A_ROW if row else None)
 
 
-def timeline_parts(moments: Sequence[Moment]) -> list[str]:
+def timeline_parts(scene: Scene, moments: Sequence[Moment]) -> list[str]:
     """The TLB entry and the SPTE of one page after each moment, side by side; in the narrow form two in a row."""
-    parts = [_row_names(0)]
-    parts += [_row_names(row * BELOW, "narrow") for row in range(1, -(-len(moments) // A_ROW))]
+    parts = [_row_names(scene.followed, row) for row in range(-(-len(moments) // A_ROW))]
     for number, (before, moment) in enumerate(pairwise([None, *moments])):
         assert moment is not None
         at, narrow = number * COLUMN, (number % A_ROW * COLUMN, number // A_ROW * BELOW)
@@ -79,22 +84,27 @@ def narrow_size(moments: Sequence[Moment]) -> tuple[float, float]:
 
 def sentences(moments: Sequence[Moment]) -> list[str]:
     """A timeline in words, one sentence a moment."""
-    passes = {"TLB": "The TLB lets it pass", "SPTE": "The CPU walks, and the SPTE lets it pass", "KVM": "It faults"}
+    passes = {
+        "TLB": "The TLB lets it pass",
+        "SPTE": "The CPU walks, and the SPTE lets it pass",
+        "KVM": "The SPTE refuses",
+    }
     said = []
     for m in moments:
         kvm = m.kvm.lstrip("✓✕⟳ ")
         told = f". {passes[m.answered]}; KVM: {kvm}." if m.answered else f": {kvm}."
-        said.append(f"{m.actor} {m.action}{told} TLB: {'stale, ' * m.stale}{m.tlb}. SPTE: {m.spte}.")
+        who = m.actor.replace("host", "The host").replace("user space", "User space").replace("both", "Both")
+        said.append(f"{who} {m.action}{told} TLB: {'stale, ' * m.stale}{m.tlb}. SPTE: {m.spte}.")
     return said
 
 
 def timeline_picture(scene: Scene) -> Picture:
-    """Page 0's timeline alone, up to the write."""
+    """The timeline alone, up to the write."""
     moments = scene.moments[:-1]
     told = sentences(moments)
-    alt = f"Page 0, {scene.pages[0]}. {' '.join(told)}"
+    alt = f"Page {scene.followed}, {scene.pages[scene.followed]}. {' '.join(told)}"
     width = LEFT + len(moments) * COLUMN + 8
-    return Picture(svg(width, BELOW, alt, timeline_parts(moments), narrow_size(moments)), alt, told)
+    return Picture(svg(width, BELOW, alt, timeline_parts(scene, moments), narrow_size(moments)), alt, told)
 
 
 def pages_parts(fates: Sequence[str], left: float, top: float, per_row: int = 8) -> list[str]:
@@ -123,19 +133,19 @@ def bars_parts(counts: Mapping[str, int], chosen: str, most: int, left: float, t
 
 
 def scene_picture(scene: Scene, counts: Mapping[str, int], chosen: str) -> Picture:
-    """A scene: page 0's timeline, the fate of each page, and the missed writes under every flush rule (``counts``)."""
+    """A scene: one page's timeline, the fate of each page, and the missed writes under every flush rule (``counts``)."""
     last, pages = len(scene.moments) - 1, len(scene.pages)
     fates = [text(4, 16, f"all {pages} pages, after the harvest", size=SIZE, anchor="start", bold=True)]
     fates += [*pages_parts(scene.pages, 4, 28), text(4, 116, "✓ reported   ✕ missed", size=SIZE, anchor="start")]
     bars = [text(4, 16, "missed writes, by flush rule", size=SIZE, anchor="start", bold=True)]
     bars += bars_parts(counts, chosen, pages, 140, 28)
     narrow, deep = narrow_size(scene.moments)
-    parts = timeline_parts(scene.moments)
+    parts = timeline_parts(scene, scene.moments)
     parts.append(block(fates, (LEFT, BELOW + 12), (0, deep + 12), last))
-    parts.append(block(bars, (LEFT + 3 * COLUMN, BELOW + 12), (0, deep + 150), last))
+    parts.append(block(bars, (LEFT + 2.5 * COLUMN, BELOW + 12), (0, deep + 150), last))
     told = sentences(scene.moments)
-    alt = f"{scene.missed} of {pages} writes missed. Page 0: {' '.join(told)}"
-    size = LEFT + 6 * COLUMN + 8, BELOW + 142
+    alt = f"{scene.missed} of {pages} writes missed. Page {scene.followed}: {' '.join(told)}"
+    size = LEFT + len(scene.moments) * COLUMN + 4, BELOW + 142
     return Picture(svg(*size, alt, parts, (narrow, deep + 284)), alt, told)
 
 
@@ -147,10 +157,10 @@ STEP_SAYS = {
     "zap_collapsible_tdp_sptes": "drop tables where a huge page fits, and flush",
     "split_huge_rmap_sptes": "split huge pages of nested guests to 4K",
     "split_huge_tdp_sptes": "split huge pages to 4K",
-    "clear_dirty_rmap": "clear D (or W) of 4K SPTEs, rmap side",
-    "clear_dirty_tdp": "clear D (or W) of leaves, TDP side",
-    "write_protect_rmap": "clear W of leaves, rmap side",
-    "write_protect_tdp": "clear W of leaves, TDP side",
+    "clear_dirty_rmap": "clear D of 4K SPTEs, rmap side",
+    "clear_dirty_tdp": "clear D of SPTEs that map pages, TDP side",
+    "write_protect_rmap": "clear W of SPTEs that map pages, rmap side",
+    "write_protect_tdp": "clear W of SPTEs that map pages, TDP side",
     "flush_if_owed": "flush, if the pass asked for it",
     "flush_always": "flush, always",
 }
@@ -161,7 +171,7 @@ STEP_WIDTH, STEP = 400, 52
 
 def plan_parts(plan: Sequence[str], title: str) -> list[str]:
     """The steps of one plan, from top to bottom, flushes framed."""
-    middle = STEP_WIDTH / 2
+    middle, by_d = STEP_WIDTH / 2, any(name.startswith("clear_dirty") for name in plan)
     parts = [text(middle, 17, title, bold=True, size=16)]
     for number, name in enumerate(plan or ["(nothing)"]):
         y, flush = 26 + number * STEP, name.startswith("flush")
@@ -170,6 +180,11 @@ def plan_parts(plan: Sequence[str], title: str) -> list[str]:
         ink = INK if flush else ""
         parts.append(text(middle, y + 16, name, bold=True, size=SIZE, fill=ink))
         says = STEP_SAYS.get(name, "no page is touched, no TLB is flushed")
+        says = (
+            says.replace("SPTEs that map pages", "huge pages only")
+            if by_d and name.startswith("write_protect")
+            else says
+        )
         parts.append(text(middle, y + 33, says, size=SIZE, fill=ink))
         if number + 1 < len(plan):
             parts.append(text(middle, y + 50, "↓", size=SIZE))

@@ -31,7 +31,8 @@ function render({ model, el }) {
   // Draw the chart in the form that there is room for.
   function place() {
     const now = chart.clientWidth && chart.clientWidth < NARROW ? "narrow" : "wide";
-    if (now === form) return;
+    if (now === form || (form && !chart.clientWidth)) return;
+    const held = chart.contains(document.activeElement);
     chart.innerHTML = charts[form = now];
     const svg = chart.firstElementChild;
     svg.setAttribute("role", "group");
@@ -39,6 +40,7 @@ function render({ model, el }) {
     const [x, y, width, height] = svg.querySelector("[data-plot]").dataset.plot.split(" ").map(Number);
     hand.place(svg, { x, y, width, height });
     draw();
+    if (held) hand.focus();
   }
 
   function draw() {
@@ -55,7 +57,7 @@ function render({ model, el }) {
   const paper = element("p", { class: "kvmbook-paper" }, `The model says ${model.get("truth").map(commas).join(", ")}. ${why}`);
   const asked = element("p", { class: "kvmbook-asked" }, model.get("title"));
   el.append(asked, ...hand.controls(() => show.click()), chart, hand.hint, element("div", { class: "kvmbook-tell" }, show, again), readout.el, paper);
-  const watch = new ResizeObserver(place);
+  const watch = new ResizeObserver(() => requestAnimationFrame(place));
   watch.observe(chart);
   place();
   model.on("change:guessed change:told", draw);
@@ -199,7 +201,11 @@ function shape(model) {
   return {
     place, draw, verdict, hint: hint.el,
     controls: () => [],
-    focus: () => points[at = 0].focus(),
+    focus: () => {
+      at = 0;
+      draw(guessed(), told);
+      points[0].focus();
+    },
     extremes: truth.flatMap((_, here) => [0, top].map((far) => truth.map((value, other) => (other === here ? far : value)))),
   };
 }

@@ -10,7 +10,7 @@ from kvmbook.views.drawing import LOST, Picture, framed, svg, text
 from kvmbook.views.scripts import script, style
 from kvmbook.views.widget import Widget
 
-WIDE, NARROW = 560, 290  # units of the two forms of a chart; a phone shows the narrow one
+WIDE, STACKED = 560, 290  # units of the two forms of a chart; a phone shows the narrow one
 NOBODY = -1  # a point that nobody has guessed yet
 
 
@@ -85,7 +85,7 @@ class ShapeGuess(Guess):
             guessed=[NOBODY] * len(truth),
             charts={
                 form: _shape_chart(width, asked, top, self._xs, along, counted)
-                for form, width in (("wide", WIDE), ("narrow", NARROW))
+                for form, width in (("wide", WIDE), ("narrow", STACKED))
             },
         )
 
@@ -165,7 +165,7 @@ class NumberGuess(Guess):
             guessed=[NOBODY],
             charts={
                 "wide": _number_chart(WIDE, asked, top, every=1),
-                "narrow": _number_chart(NARROW, asked, top, every=2),
+                "narrow": _number_chart(STACKED, asked, top, every=2),
             },
         )
 

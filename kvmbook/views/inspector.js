@@ -68,7 +68,7 @@ function render({ model, el }) {
   const leaves = model.get("leaves"), tables = model.get("tables");
   const inOrder = (given) => order.filter((name) => name in given);
   const table = (format = model.get("format")) => tables[leaves[format].table];
-  let due = false;
+  const drawSoon = soon(() => draw());
 
   function go({ key = "", word = model.get("word"), format = model.get("format") }) {
     const before = [key, model.get("word"), model.get("format")];
@@ -87,15 +87,6 @@ function render({ model, el }) {
     if (!steps.length) return;
     const [, word, format] = steps.at(-1);
     save({ word, format, steps: steps.slice(0, -1) });
-  }
-
-  function drawSoon() {  // once, however many traits have changed
-    if (due) return;
-    due = true;
-    queueMicrotask(() => {
-      due = false;
-      draw();
-    });
   }
 
   // ---- what never changes ----

@@ -10,29 +10,38 @@ async function render({ model, el }) {
 function renderPanel({ model, el, opens }) {
   const settings = model.get("settings"), title = model.get("title");
   const groups = settings.map(({ name, options }) => radioGroup(name, options, (option) => {
-    model.set("chosen", { ...model.get("chosen"), [name]: option });
+    model.set({ chosen: { ...model.get("chosen"), [name]: option }, moment: -1 });
     model.save_changes();
     draw();
   }));
   const sheet = element("div", { class: "kvmbook-sheet" });
   const figure = element("div", { class: "kvmbook-figure" }, sheet);
   const readout = readoutLine();
-  const all = button("Show all controls", () => open(settings.map(({ name }) => name)));
+  const all = button("Show all controls", () => {
+    const first = groups.find((group) => group.hidden);
+    open(settings.map(({ name }) => name));
+    (first.querySelector(":checked") ?? first.querySelector("input")).focus();  // the button is gone
+  });
 
   const key = () => settings.map(({ name }) => model.get("chosen")[name]).join(" | ");
   const state = () => model.get("states")[key()];
 
-  // ---- controls: those that the text has come to, and what is chosen elsewhere ----
+  // ---- controls: those that the text has come to, and those that were used elsewhere ----
 
-  function open(names) {
+  function remember(names) {
     if (!OPENED.has(title)) OPENED.set(title, new Set());
     names.forEach((name) => OPENED.get(title).add(name));
+  }
+
+  function open(names) {
+    remember(names);
     globalThis.dispatchEvent(new CustomEvent("kvmbook-opened"));
   }
 
   function drawControls() {
-    const hidden = settings.map(({ name, options }) => model.get("locked").includes(name) && !opens.includes(name)
-      && !OPENED.get(title)?.has(name) && model.get("chosen")[name] === options[0]);
+    remember(settings.filter(({ name, options }) => model.get("chosen")[name] !== options[0]).map(({ name }) => name));
+    const hidden = settings.map(({ name }) => model.get("locked").includes(name) && !opens.includes(name)
+      && !OPENED.get(title).has(name));
     groups.forEach((group, i) => { group.hidden = hidden[i]; });
     all.hidden = !hidden.includes(true);
   }
@@ -43,6 +52,10 @@ function renderPanel({ model, el, opens }) {
     model.set("moment", moment);
     model.save_changes();
     draw();
+  }, (now, last) => {
+    if (now === last) return "the whole run";
+    if (state().moments[0] !== "At the start.") return `moment ${now + 1} of ${last}`;
+    return now ? `step ${now} of ${last - 1}` : "the start";
   });
 
   function draw() {
@@ -59,7 +72,7 @@ function renderPanel({ model, el, opens }) {
     readout.say(!now ? "computing: this needs a running kernel" : moment < 0 ? now.readout : now.moments[moment]);
   }
 
-  // ---- room: the panel is as high as its highest state ----
+  // ---- room: the panel is as high as the highest state that it carries ----
 
   function reserve() {
     const carried = Object.values(model.get("states"));
@@ -69,7 +82,7 @@ function renderPanel({ model, el, opens }) {
   }
 
   el.classList.add("kvmbook-panel");
-  el.append(element("p", { class: "kvmbook-title" }, title), element("div", { class: "kvmbook-controls" }, ...groups, all), steps.el, figure, readout.el);
+  el.append(element("p", { class: "kvmbook-title" }, title), element("div", { class: "kvmbook-controls" }, ...groups, all), steps.el, readout.el, figure);
   const drawAll = () => { reserve(); draw(); };
   const watched = new ResizeObserver(() => requestAnimationFrame(() => fit(figure)));
   watched.observe(figure);

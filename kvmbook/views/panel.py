@@ -70,14 +70,15 @@ class Panel(Widget):
             states={" | ".join(c): self._state(c) for c in self.combinations()} if carry else {},
         )
         self._compute_missing(self.chosen)
-        self.observe(lambda change: self._compute_missing(change.new), names="chosen")
+        self.observe(self._answer, names="chosen")
 
     def combinations(self) -> list[tuple[str, ...]]:
         """Every combination of options."""
         return list(itertools.product(*self._options.values()))
 
     def choose(self, **chosen: str) -> str:
-        """Set options by name (``_`` for what is no letter) and return the sentence. KeyError or ValueError if unknown."""
+        """Set options by name (``_`` for what is no letter), go to the whole run, and return the sentence. KeyError or
+        ValueError if unknown."""
         named = {re.sub(r"\W+", "_", name): name for name in self._options}
         wanted = {named[key]: option for key, option in chosen.items()}
         for name, option in wanted.items():
@@ -85,12 +86,15 @@ class Panel(Widget):
                 raise ValueError(f"{name} is one of {', '.join(self._options[name])}; got {option!r}")
         chosen = {**self.chosen, **wanted}
         self._compute_missing(chosen)  # before it is chosen: if it fails, nothing has changed
-        self.chosen = chosen
+        with self.hold_sync():
+            self.chosen, self.moment = chosen, WHOLE
         return self.readout
 
     def step(self, moment: int) -> str:
         """Go to a moment of the run, from 0, or back to the whole run (-1); return the sentence. ValueError if the picture
         has no such moment."""
+        if moment != WHOLE and not self.moments:
+            raise ValueError(f"there is no run to step through; got moment {moment}")
         if not WHOLE <= moment < len(self.moments):
             raise ValueError(f"the run has moments 0 to {len(self.moments) - 1}; got {moment}")
         self.moment = moment
@@ -108,8 +112,8 @@ class Panel(Widget):
     @property
     def readout(self) -> str:
         """The sentence for what is chosen: of the moment, if one is shown."""
-        if 0 <= self.moment and self.moments:
-            return self.moments[min(self.moment, len(self.moments) - 1)]
+        if 0 <= self.moment < len(self.moments):
+            return self.moments[self.moment]
         sentence: str = self._chosen_state["readout"]
         return sentence
 
@@ -131,6 +135,14 @@ class Panel(Widget):
         moments = {"moments": list(view.picture.moments)} if view.picture.moments else {}
         return {"svg": view.picture.svg, "readout": view.readout, **moments}
 
+    def _answer(self, change: Any) -> None:
+        """Compute what the page has asked for; if that fails, the page says why."""
+        try:
+            self._compute_missing(change.new)
+        except Exception as error:
+            said = {"svg": "", "readout": f"This could not be computed: {type(error).__name__}: {error}."}
+            self.states = {**self.states, self._key(change.new): said}
+
     def _compute_missing(self, chosen: Mapping[str, str]) -> None:
         if (key := self._key(chosen)) not in self.states:
             self.states = {**self.states, key: self._state([chosen[name] for name in self._options])}
@@ -138,8 +150,9 @@ class Panel(Widget):
     def still(self) -> Picture:
         first = {name: options[0] for name, options in self._options.items()}
         said = " · ".join(f"{name}: {option}" for name, option in first.items())
-        view = self._show(*first.values())
-        return framed(f"{self.title}. {said}. {view.readout}", self.title, [said], view.readout, view.picture)
+        self._compute_missing(first)
+        svg, readout, *_ = self.states[self._key(first)].values()
+        return framed(f"{self.title}. {said}. {readout}", self.title, [said], readout, Picture(svg, readout))
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}: {option}" for name, option in self.chosen.items())

@@ -145,7 +145,11 @@ def _row(run: Run, row: int, columns: Sequence[Column], left: float) -> list[str
     over = []
     if answered and not answered.begins(row):
         ink = INK if LOOK.get(answered.states[row].removeprefix(STALE), ("none", ""))[0] != "none" else ""
-        over.append(text(answered.middle, 15, HERE[moment.answered], size=SIZE, bold=True, fill=ink))
+        over.append(text(answered.middle, 15, HERE[moment.answered], size=SIZE, fill=ink, italic=True))
+    if reaches:  # the arrow goes on behind the columns that it passes
+        passed = [column for column in columns if column.x < reaches[-1].x and column not in reaches]
+        look = f'stroke="{INK if lost else "currentColor"}" stroke-width="2" stroke-dasharray="2 5"'
+        over += [f'<path d="M{column.x:g} 10h{column.width:g}" {look}/>' for column in passed if not column.begins(row)]
     if moment.flushed:
         tlbs = [column for column in columns if column.about[0].startswith("vCPU")]
         over.append(f'<path d="M{tlbs[0].x - 3:g} 0H{tlbs[-1].x + tlbs[-1].width + 3:g}" {LINE} stroke-width="5"/>')
@@ -159,7 +163,7 @@ def _row(run: Run, row: int, columns: Sequence[Column], left: float) -> list[str
     y, stacked = TOP + row * ROW, TOP + row * 2 * ROW
     return [
         block(parts, (0, y), (0, stacked)),
-        block(arrows if row else [], (SAID, y), look="wide"),
+        block(arrows, (SAID, y), look="wide"),
         block([*wide, *over], (SAID + left, y), (4, stacked + ROW)),
     ]
 
@@ -169,7 +173,7 @@ def _headings(run: Run, columns: Sequence[Column], left: float, rows: int) -> li
     lanes, titles = [], []
     for lane, actor in enumerate(run.actors):
         x, (first, _, second) = lane * LANE + LANE / 2, actor.partition(" ")
-        lanes += [text(x, 15, first, size=SIZE, bold=True), text(x, 33, second, size=SIZE, bold=True)]
+        lanes += [text(x, 15, first, size=SIZE), text(x, 33, second, size=SIZE)]
         lanes.append(f'<path d="M{x:g} {TOP}V{TOP + rows * ROW:g}" {LINE} stroke-opacity="0.3"/>')
     for column in columns:
         titles.append(text(column.middle, 15, column.title[0], size=SIZE, bold=True))
@@ -343,21 +347,20 @@ def page_graph_picture(hardware: Hardware, kernel: Kernel, lit: Sequence[Action]
     board, run = _Board(graph), graph.shortest_loss() or () if lit is None else lit
     parts = _boards_parts(board) + _lit_parts(board, graph, run)
     said = f"{len(graph.states)} states in {len(set(board.spots))} spots"
-    told = [said, "dashed: the TLB allows more than the SPTE", "not drawn: steps that switch logging off"]
+    told = [said, "a box: the SPTE; dashed: the TLB allows more", "not drawn: steps that switch logging off"]
     told += [f"lit: a run of {len(run)} steps"] * bool(run)
     for n, line in enumerate(told):
         parts.append(text(10, board.lost_y + 10 + 20 * n, line, size=13, anchor="start", bold=n == 3))
     ends = "no run loses a write" if graph.distance[0] is None else f"a run of {graph.distance[0]} steps loses a write"
+    passed = [graph.states[state] for state in graph.walk(run)]
     steps = [f"{number}. {label(action)}" for number, action in enumerate(run, 1)]
     alt = f"One page and one vCPU: {said}; {ends}. " + "; ".join(steps)
     height = max(board.height, board.lost_y + 84 + 20 * len(run))
-    moments = (
-        ["At the start.", *(f"{step}: {_where(graph, run, n)}." for n, step in enumerate(steps, 1))] if run else []
-    )
-    return Picture(svg(board.left["on"] + PANEL + 6, height, alt.strip(), parts), alt.strip(), moments)
+    moments = ["At the start.", *(f"{step}: {_where(now)}." for step, now in zip(steps, passed[1:], strict=True))]
+    return Picture(svg(board.left["on"] + PANEL + 6, height, alt.strip(), parts), alt.strip(), moments if run else ())
 
 
-def _where(graph: Graph, run: Sequence[Action], steps: int) -> str:
-    """In which spot a run is after some of its steps, in words."""
-    board, spte, tlb = spot_of(graph.states[graph.walk(run[:steps])[-1]])
+def _where(now: Now) -> str:
+    """In which spot a state is, in words."""
+    board, spte, tlb = spot_of(now)
     return f"{BOARDS[board]}, SPTE {spte}, TLB {tlb}" if board != NOWHERE[0] else "the write is lost"

@@ -1,11 +1,14 @@
+const LEFT_OUT = [/#[^\n]*/, /^[ \t\r]*[0-9]+\.?[ \t]/, /\([^\n]*\)[ \t\r]*$/, /^[ \t\r]+/, /[ \t\r]+$/];  // of a line that is written
+const fill = (said, values) => said.replace(/{(\w+)}/g, (_, name) => values[name]);
+
 // The view of kvmbook.views.scheduler.SchedulerPanel. The widget carries the whole graph of the VM; `path` is the walk so far,
 // `moment` the place on it that is shown (-1: its end).
 function render({ model, el }) {
-  const { actors, sentences, look, ink, mistakes } = model.get("words");
+  const { actors, sentences, look, ink, written } = model.get("words");
   const settings = model.get("settings");
   const graphs = {};
-  let playing = null;
-  let due = false;
+  const drawSoon = soon(() => draw());
+  let playing = null, mine = 0;  // steps that "Show me" has shown
 
   // ---- the graph ----
 
@@ -13,8 +16,7 @@ function render({ model, el }) {
     return (graphs[key] ??= { key, ...JSON.parse(model.get("states")[key].graph) });
   }
 
-  function graph() {
-    const chosen = model.get("chosen");
+  function graph(chosen = model.get("chosen")) {
     return graphAt(settings.map(({ name }) => chosen[name]).join(" | "));
   }
 
@@ -53,19 +55,11 @@ function render({ model, el }) {
     playing = null;
   }
 
-  function go(path, asked = "", chosen = model.get("chosen"), moment = -1) {
+  function go(path, asked = "", { chosen = model.get("chosen"), moment = -1, said = "" } = {}) {
+    wrong.textContent = said;
     model.set({ chosen, path, asked, moment });
     model.save_changes();
     drawSoon();
-  }
-
-  function drawSoon() {  // once, however many of the settings have changed
-    if (due) return;
-    due = true;
-    queueMicrotask(() => {
-      due = false;
-      draw();
-    });
   }
 
   function showMe() {
@@ -75,10 +69,12 @@ function render({ model, el }) {
       return;
     }
     go([], "play");
+    mine = 0;
     const next = () => {
       const g = graph(), here = passed(g, model.get("path")).at(-1), far = distance(g, here);
       const step = far > 0 && steps(g, here).find(({ to }) => distance(g, to) === far - 1);
       if (step) go([...model.get("path"), step.label], "play");
+      mine += 1;
       if (!step || far === 1) {
         stop();
         drawSoon();
@@ -93,13 +89,30 @@ function render({ model, el }) {
     act();
   };
 
+  // Other settings: the run so far is kept, as far as it is possible under them. A step that is not possible is replaced by the
+  // only one that its actor can do: flush_if_owed by flush_always. SchedulerPanel._kept says the same.
+  function choose(chosen) {
+    const old = model.get("path"), g = graph(chosen), path = [];
+    let here = 0;
+    for (const label of old) {
+      const can = steps(g, here), same = can.filter(({ who }) => who === beside.get(label).who);
+      const step = can.find((other) => other.label === label) ?? (same.length === 1 ? same[0] : undefined);
+      if (!step) break;
+      path.push(step.label);
+      here = step.to;
+    }
+    const said = path.length < old.length ? fill(written.kept, { step: path.length + 1, line: old[path.length] }) : "";
+    go(path, "", { chosen, said });
+  }
+
   // ---- a run that the reader writes; kvmbook.views.scheduler.meant and SchedulerPanel.write say the same ----
 
-  // The steps that a line may mean: each of its words begins a word of the step, in order, and few words are left over.
+  // The steps that a line may mean: each of its words begins a word of the step, in order, parts of names being words; of
+  // these, the ones with the fewest words left over.
   function meant(line, possible) {
-    const words = line.toLowerCase().split(/\s+/);
+    const words = line.toLowerCase().split(/[ _\t]+/);
     const left = possible.map((label) => {
-      const named = label.toLowerCase().split(" ");
+      const named = label.toLowerCase().split(/[ _]/);
       let next = 0;
       for (const word of words) {
         while (next < named.length && !named[next].startsWith(word)) next += 1;
@@ -114,32 +127,32 @@ function render({ model, el }) {
   function write(text) {
     const g = graph(), path = [];
     let here = 0, mistake = "";
-    const lines = text.split(/[;\n]/).map((line) => line.replace(/#.*/, "").replace(/^\s*\d+\.?\s/, "").replace(/\(.*\)\s*$/, "").trim());
-    for (const line of lines.filter(Boolean)) {
+    for (const one of text.split(/[;\n]/)) {
+      const line = LEFT_OUT.reduce((left, none) => left.replace(none, ""), one);
+      if (!line) continue;
       const can = steps(g, here), fits = meant(line, can.map(({ label }) => label));
       if (fits.length !== 1) {
         const names = (fits.length ? fits : can.map(({ label }) => label)).join("; ");
-        mistake = mistakes[fits.length ? "many" : "none"].replace("{step}", path.length + 1).replace("{line}", line).replace("{names}", names);
+        mistake = fill(written[fits.length ? "many" : "none"], { step: path.length + 1, line, names });
         break;
       }
       path.push(fits[0]);
       here = can.find(({ label }) => label === fits[0]).to;
     }
-    wrong.textContent = mistake;
-    go(path, "", model.get("chosen"), mistake || !path.length ? -1 : 0);
+    go(path, "", { said: mistake || `${fill(written.done, { step: path.length })} ${verdict(g, passed(g, path))}` });
   }
 
   // ---- what never changes ----
 
   const groups = settings.map(({ name, options }) =>
-    radioGroup(name, options, (option) => alone(() => go([], "", { ...model.get("chosen"), [name]: option }))()));
+    radioGroup(name, options, (option) => alone(() => choose({ ...model.get("chosen"), [name]: option }))()));
   const table = element("tbody");
   const history = element("ol");
   const choices = Object.fromEntries(actors.map((who) => [who, element("div", { role: "group", "aria-label": `steps of ${who}` }, element("b", {}, who))]));
   const readout = readoutLine();
   const undo = button("Undo", alone(() => go(shown().slice(0, -1))));
   const again = button("Start again", alone(() => go([])));
-  const hint = button("Hint", alone(() => go(shown(), "hint")));
+  const hint = button("Hint", alone(() => go(model.get("path"), "hint", { moment: model.get("moment") })));
   const show = button("Show me", showMe);
   const past = element("div", { class: "kvmbook-history", tabindex: "0", role: "region", "aria-label": "steps so far", ...OWN_KEYS }, history);
   const moments = stepper(() => model.get("path").length, () => model.get("moment"), (moment) => {
@@ -151,7 +164,7 @@ function render({ model, el }) {
   const text = element("textarea", { rows: "3", spellcheck: "false", placeholder: "vCPU0 reads page 0\nhost ages\nuser enables", ...OWN_KEYS });
   const wrong = element("p", { class: "kvmbook-wrong", role: "alert" });
   const writing = element("div", { class: "kvmbook-writing" },
-    element("label", {}, element("b", {}, "Or write a run"), " one step a line; a word may be cut short, and what is clear may be left out", text),
+    element("label", {}, element("b", {}, "Or write a run"), " one step a line. A word may end early, and what is clear may be left out: “v r”, “host ages”, “swap”.", text),
     button("Run it", alone(() => write(text.value))), button("Copy the run so far", () => { text.value = model.get("path").join("\n"); }), wrong);
 
   // Each step of an actor has a place of its own, and shares it only with steps that are never possible beside it.
@@ -187,9 +200,9 @@ function render({ model, el }) {
     const before = states.length > 1 ? g.states[states.at(-2)] : null;
     table.replaceChildren(...g.states[states.at(-1)].slice(0, -2).map((row, i) => {
       const [name, state, said, stale] = g.rows[row];
-      const was = before !== null && before[i] !== row ? ` was: ${g.rows[before[i]][2]}` : "";
-      const line = element("div", {}, element("span", { class: "kvmbook-said" }, said), element("i", {}, was));
-      const room = element("div", { class: "kvmbook-room", "data-room": `${longest[name]} was: ${longest[name]}`, "data-short": longest[name], "aria-hidden": "true" });
+      const was = before !== null && before[i] !== row ? `was: ${g.rows[before[i]][2]}` : "";
+      const line = element("div", { class: "kvmbook-line" }, element("span", { class: "kvmbook-said" }, said), element("i", { title: was }, was));
+      const room = element("div", { class: "kvmbook-room", "data-room": longest[name], "aria-hidden": "true" });
       const cell = element("td", {}, element("div", { class: "kvmbook-cell" }, line, room));
       const fill = look[state];
       if (fill && fill !== "none") Object.assign(cell.style, { background: fill, color: ink });
@@ -214,21 +227,11 @@ function render({ model, el }) {
     history.replaceChildren(...model.get("path").map((label, i) =>
       element("li", i >= states.length - 1 ? { class: "kvmbook-later" } : {}, label, ...(i + 1 === first ? [element("b", {}, " ✕ lost")] : []))));
     past.scrollTop = past.scrollHeight * (states.length / (model.get("path").length + 1)) - past.clientHeight / 2;
-    return first;
   }
 
-  function draw() {
-    const g = graph(), states = passed(g, shown()), here = states.at(-1), asked = model.get("asked");
-    settings.forEach(({ name }, i) => check(groups[i], model.get("chosen")[name]));
-    drawTable(g, states);
-    drawChoices(g, here);
-    const first = drawHistory(g, states);
-    moments.draw();
-    const atStart = states.length === 1, leaves = atStart && [undo, again].includes(document.activeElement);
-    undo.disabled = again.disabled = atStart;
-    hint.disabled = isLost(g, here);
-    if (leaves) el.querySelector("[data-step]").focus({ preventScroll: true });  // a button that cannot be pressed drops the keyboard
-    show.textContent = playing === null ? "Show me" : "Stop";
+  // What is to be said of the states that a run has passed.
+  function verdict(g, states, asked = "") {
+    const here = states.at(-1), first = states.findIndex((state) => isLost(g, state));
     let said = isLost(g, here) ? "lost" : first > 0 ? "covered" : states.length > 1 ? "going" : "start";
     if (asked === "play" && distance(g, 0) < 0) said = "safe";
     const told = [said];
@@ -236,7 +239,24 @@ function render({ model, el }) {
     const numbers = {
       steps: states.length - 1, lost: Math.max(first, 0), shortest: distance(g, 0), states: g.states.length, distance: distance(g, here),
     };
-    readout.say(told.map((name) => sentences[name].replace(/{(\w+)}/g, (_, number) => numbers[number])).join(" "));
+    return told.map((name) => fill(sentences[name], numbers)).join(" ");
+  }
+
+  function draw() {
+    const g = graph(), states = passed(g, shown()), here = states.at(-1), asked = model.get("asked"), held = document.activeElement;
+    settings.forEach(({ name }, i) => check(groups[i], model.get("chosen")[name]));
+    drawTable(g, states);
+    drawChoices(g, here);
+    drawHistory(g, states);
+    moments.draw();
+    if (playing !== null && model.get("path").length > mine + 1) stop();  // somebody has gone elsewhere
+    undo.disabled = states.length === 1;
+    again.disabled = model.get("path").length === 0;
+    const leaves = [undo, again].some((one) => one.disabled && one === held);
+    hint.disabled = isLost(g, here);
+    if (leaves) el.querySelector("[data-step]").focus({ preventScroll: true });  // a button that cannot be pressed drops the keyboard
+    show.textContent = playing === null ? "Show me" : "Stop";
+    readout.say(verdict(g, states, asked));
     readout.el.classList.toggle("kvmbook-lost", isLost(g, here));
     el.dataset.steps = states.length - 1;
   }

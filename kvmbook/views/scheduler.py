@@ -6,6 +6,7 @@ it works without a kernel behind it, and it knows from everywhere how far the ne
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Sequence
@@ -33,9 +34,11 @@ SENTENCES = {
     "hint": "From here the soonest loss takes {distance} more step(s).",
     "no hint": "From here no run of this small VM loses a write.",
 }
-MISTAKES = {
-    "none": 'Step {step}, "{line}", is not possible here. Possible: {names}.',
+WRITTEN = {
+    "none": 'Step {step}, "{line}", is not the name of a step that is possible here. Possible: {names}.',
     "many": 'Step {step}, "{line}", may mean: {names}.',
+    "done": "Done, {step} steps.",
+    "kept": "Under these settings the run is not possible from step {step} on: {line}.",
 }
 
 
@@ -75,14 +78,20 @@ def carried(graph: Graph, pml: bool) -> dict[str, Any]:
     return {"rows": list(rows), "labels": list(labels), "states": states, "edges": edges}
 
 
+# Of a line that is written: a comment, a number before it, brackets behind it, space around it. \\Z: where JavaScript's $ is.
+LEFT_OUT = (r"#[^\n]*", r"\A[ \t\r]*[0-9]+\.?[ \t]", r"\([^\n]*\)[ \t\r]*\Z", r"\A[ \t\r]+", r"[ \t\r]+\Z")
+
+
 def meant(line: str, possible: Sequence[str]) -> list[str]:
-    """The steps that a written line may mean: each of its words begins a word of the step, in order; of these, the ones with
-    the fewest words left over. "v r" means "vCPU0 reads page 0"."""
-    words, left = line.lower().split(), {}
+    """The steps that a written line may mean: each of its words begins a word of the step, in order, parts of names being
+    words; of these, the ones with the fewest words left over. "v r" means "vCPU0 reads page 0", "swap" the step
+    kvm_swap_active_memslots."""
+    words, left = re.split(r"[ _\t]+", line.lower()), {}
     for label_ in possible:
-        named = iter(label_.lower().split(" "))
+        parts = re.split("[ _]", label_.lower())
+        named = iter(parts)
         if all(any(name.startswith(word) for name in named) for word in words):
-            left[label_] = label_.count(" ") - len(words)
+            left[label_] = len(parts) - len(words)
     return [label_ for label_, over in left.items() if over == min(left.values())]
 
 
@@ -106,12 +115,12 @@ class SchedulerPanel(Panel):
         self.words = {
             "actors": ACTORS,
             "sentences": SENTENCES,
-            "mistakes": MISTAKES,
+            "written": WRITTEN,
             "look": {state: fill for state, (fill, _) in LOOK.items()},
             "ink": INK,
         }
         self.paper = self._shortest.svg
-        self.observe(lambda change: self.start_again(), names="chosen")
+        self.observe(lambda change: self._go(self._kept()), names="chosen")
 
     def _state(self, combination: Sequence[str]) -> dict[str, str]:
         ad_bits, flush = combination
@@ -151,6 +160,25 @@ class SchedulerPanel(Panel):
         """What there is to step through: the start, and each step but the last."""
         return ["the start", *self.path[:-1]] if self.path else []
 
+    def _kept(self) -> list[str]:
+        """The path so far as far as it is possible under the settings that are chosen. A step that is not possible is
+        replaced by the only one that its actor can do: flush_if_owed by flush_always."""
+        here, kept = 0, list[str]()
+        for wanted in self.path:
+            steps = self._steps(here)
+            same = [label_ for label_ in steps if self._actor[label_] == self._actor[wanted]]
+            step = wanted if wanted in steps else same[0] if len(same) == 1 else ""
+            if not step:
+                break
+            kept, here = [*kept, step], steps[step]
+        return kept
+
+    @functools.cached_property
+    def _actor(self) -> dict[str, str]:
+        """Who does each step of any graph."""
+        graphs = [json.loads(state["graph"]) for state in self.states.values()]
+        return {label_: who for graph in graphs for label_, who, _ in graph["labels"]}
+
     def possible(self) -> list[str]:
         """The steps that are possible now."""
         return list(self._steps(self._states()[-1]))
@@ -173,8 +201,8 @@ class SchedulerPanel(Panel):
         return self.readout
 
     def hint(self) -> str:
-        """How far it is to the nearest loss."""
-        self._go(self.shown, "hint")
+        """How far it is to the nearest loss, from what is shown."""
+        self.asked = "hint"
         return self.readout
 
     def play(self) -> str:
@@ -188,27 +216,27 @@ class SchedulerPanel(Panel):
 
     def write(self, run: str) -> str:
         """Do a run that is written down, from the start: steps parted by lines or ";", see `meant`; numbers before them,
-        brackets and what follows a "#" are left out. Shows the start, to be stepped from. ValueError for a line that is no
-        possible step, or that may mean several, saying which; what stands before it is done."""
+        brackets and what follows a "#" are left out. ValueError for a line that is no possible step, or that may mean
+        several, saying which; what stands before it is done."""
         here, path, mistake = 0, list[str](), ""
         for written in re.split(r"[;\n]", run):
-            line = re.sub(r"^\s*\d+\.?\s|\(.*\)\s*$", "", re.sub(r"#.*", "", written)).strip()
+            line = functools.reduce(lambda left, none: re.sub(none, "", left), LEFT_OUT, written)
             steps = self._steps(here)
             fits = meant(line, list(steps)) if line else []
             if line and len(fits) != 1:
-                said, names = MISTAKES["many" if fits else "none"], "; ".join(fits or steps)
+                said, names = WRITTEN["many" if fits else "none"], "; ".join(fits or steps)
                 mistake = said.format(step=len(path) + 1, line=line, names=names)
                 break
             for step in fits:
                 path, here = [*path, step], steps[step]
-        self._go(path, moment=WHOLE if mistake or not path else 0)
+        self._go(path)
         if mistake:
             raise ValueError(mistake)
         return self.readout
 
-    def _go(self, path: list[str], asked: str = "", moment: int = WHOLE) -> None:
+    def _go(self, path: list[str], asked: str = "") -> None:
         with self.hold_sync():
-            self.path, self.asked, self.moment = path, asked, moment
+            self.path, self.asked, self.moment = path, asked, WHOLE
 
     # ---- what is said -----------------------------------------------------------------------------------------------
 

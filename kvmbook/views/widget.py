@@ -10,8 +10,8 @@ from kvmbook.views.drawing import Picture
 
 
 class Widget(anywidget.AnyWidget):
-    """A widget whose output also carries a picture of how it begins, with its sentence: GitHub, nbviewer, a diff and a
-    printer show that one. Its ``repr`` is the text alternative."""
+    """A widget whose output also carries a picture of how it begins, with its sentence: GitHub, nbviewer, a diff and a page
+    without scripts show that one. Its ``repr`` is the text alternative."""
 
     def still(self) -> Picture:
         """How it looks when nobody has touched it."""

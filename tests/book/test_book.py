@@ -175,9 +175,11 @@ CLICK_THEM_ALL = """panel => {
         slider.value = at;
         slider.dispatchEvent(new Event('input'));
         const lit = [...panel.querySelectorAll('[data-moment]:not(.kvmbook-past, .kvmbook-coming)')];
-        const hidden = [...panel.querySelectorAll('.kvmbook-coming')];
-        moments.push([panel.querySelector('.kvmbook-readout').textContent,
-          lit.every((part) => Number(part.dataset.moment) === at), hidden.every((part) => Number(part.dataset.moment) > at)]);
+        const [hidden, past] = ['coming', 'past'].map((look) => [...panel.querySelectorAll(`.kvmbook-${look}`)]);
+        const all = (parts, holds) => parts.every((part) => holds(Number(part.dataset.moment)));
+        moments.push([panel.querySelector('.kvmbook-readout').textContent, panel.offsetHeight,
+          lit.length > 0 && all(lit, (moment) => moment === at),
+          all(hidden, (moment) => moment > at), all(past, (moment) => moment < at)]);
       }
       slider.value = slider.max;
       slider.dispatchEvent(new Event('input'));
@@ -202,11 +204,15 @@ def test_every_combination_is_clicked_in_the_page_and_says_what_the_model_says(v
             button.click()
         said = panel.evaluate(CLICK_THEM_ALL)
         assert set(said) == set(states)
-        assert len({height for *_, height in said.values()}) == 1  # nothing jumps
+        heights = {height for *_, height in said.values()} | {
+            m[1] for _, _, moments, _ in said.values() for m in moments
+        }
+        assert len(heights) == 1  # nothing jumps
         for key, (readout, title, moments, _) in said.items():
             assert readout == states[key]["readout"]
             assert title == ET.fromstring(states[key]["svg"])[0].text
-            assert moments == [[sentence, True, True] for sentence in states[key].get("moments", [])]
+            assert [moment[0] for moment in moments] == states[key].get("moments", [])
+            assert all(moment[2:] == [True, True, True] for moment in moments)
             clicked += 1
     assert next(runs, None) is None
     assert clicked or "10-" in file or "03-" in file
@@ -258,6 +264,70 @@ PLACES = """panel => [...panel.querySelectorAll("[data-step]")].map((button) => 
 })"""
 
 
+def test_a_run_is_played_until_somebody_goes_elsewhere(visit, pages):
+    seen = open_page(visit, f"{pages.as_uri()}/", "notebooks/01-a-write-that-nobody-saw")
+    page, panels = seen.page, seen.page.locator(".kvmbook-panel:has(.kvmbook-figure)")
+    page.evaluate("window.patient = setInterval; window.setInterval = (act, ms) => patient(act, ms / 6); null")
+    play, said = panels.first.locator(".kvmbook-stepper button").first, panels.first.locator(".kvmbook-moment")
+    play.click()
+    assert play.inner_text() == "Stop"
+    for words in ("moment 1 of 5", "moment 3 of 5", "the whole run"):
+        page.wait_for_function("([panel, words]) => panel.textContent === words", arg=[said.element_handle(), words])
+    assert play.inner_text() == "Play"
+    play.click()
+    page.wait_for_function(
+        "([panel, words]) => panel.textContent === words", arg=[said.element_handle(), "moment 2 of 5"]
+    )
+    panels.nth(1).get_by_role("slider").fill("4")  # the same panel, elsewhere
+    assert play.inner_text() == "Play" and said.inner_text() == "moment 5 of 5"
+    page.wait_for_timeout(400)
+    assert said.inner_text() == "moment 5 of 5"
+    seen.clean()
+
+
+def test_a_control_that_goes_away_does_not_drop_the_keyboard(visit, pages):
+    seen = open_page(visit, f"{pages.as_uri()}/", "notebooks/01-a-write-that-nobody-saw")
+    page, panel = seen.page, seen.page.locator(".kvmbook-panel:has(.kvmbook-figure)").first
+    held = "panel => panel.contains(document.activeElement) && document.activeElement.tagName"
+    panel.get_by_role("button", name="Show all controls").focus()
+    page.keyboard.press("Enter")
+    assert panel.evaluate(held) == "INPUT"
+    back = panel.get_by_role("button", name="one moment back")
+    back.focus()
+    for _ in range(8):
+        page.keyboard.press("Space")
+    assert panel.evaluate(held) == "BUTTON" and back.get_attribute("aria-disabled") == "true"
+    seen.clean()
+
+
+def test_a_panel_that_was_out_of_the_page_comes_back_as_it_was(visit, pages):
+    seen = open_page(visit, f"{pages.as_uri()}/", "notebooks/01-a-write-that-nobody-saw")
+    panel = seen.page.locator(".kvmbook-panel:has(.kvmbook-figure)").first
+    heights = panel.evaluate(
+        """async panel => {
+        const heights = [], place = panel.parentElement, wait = () => new Promise(requestAnimationFrame);
+        const look = async () => { for (let n = 0; n < 4; n += 1) { heights.push(panel.offsetHeight); await wait(); } };
+        await look();
+        for (const [leave, back] of [[() => panel.remove(), () => place.append(panel)],
+          [() => { place.style.display = "none"; }, () => { place.style.display = ""; }]]) {
+          leave(); await wait(); await wait(); back(); await look();
+        }
+        return heights; }"""
+    )
+    assert len(set(heights)) == 1, heights
+    seen.clean()
+
+
+def test_paper_shows_the_whole_run_whatever_is_lit(visit, pages):
+    seen = open_page(visit, f"{pages.as_uri()}/", "notebooks/01-a-write-that-nobody-saw")
+    panel = seen.page.locator(".kvmbook-panel:has(.kvmbook-figure)").first
+    panel.get_by_role("slider").fill("0")
+    seen.page.emulate_media(media="print")
+    looks = panel.locator("[data-moment]").evaluate_all("all => all.map((one) => getComputedStyle(one).visibility)")
+    assert set(looks) == {"visible"} and not panel.locator(".kvmbook-stepper").is_visible()
+    seen.clean()
+
+
 def test_the_text_unlocks_controls_and_a_reader_may_skip_it(visit, pages):
     seen = open_page(visit, f"{pages.as_uri()}/", "notebooks/01-a-write-that-nobody-saw")
     panels = seen.page.locator(".kvmbook-panel:has(.kvmbook-figure)")
@@ -270,7 +340,8 @@ def test_the_text_unlocks_controls_and_a_reader_may_skip_it(visit, pages):
     panels.first.get_by_role("button", name="Show all controls").click()
     assert [panel.locator("fieldset:visible").count() for panel in panels.all()] == [3, 3, 3]
     assert seen.page.get_by_role("button", name="Show all controls").count() == 0
-    panels.nth(1).get_by_label("off", exact=True).check()
+    panels.first.get_by_label("off", exact=True).check()
+    assert panels.first.get_by_label("off", exact=True).is_visible()
     assert panels.first.locator("fieldset:visible").count() == 3  # remembered while the page is open
     seen.clean()
 

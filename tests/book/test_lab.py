@@ -216,14 +216,13 @@ def write(panel, live):
         panel.get_by_role("textbox").fill(written)
         press(panel, "Run it")
         try:
-            live.write(written)
-            said = ""
+            said = f"Done, {len(written.split(';'))} steps. {live.write(written)}"
         except ValueError as wrong:
             said = str(wrong)
         expect(panel.locator(".kvmbook-wrong")).to_have_text(said)
         agrees(panel, live)
-        while live.moment >= 0:
-            live.step(live.moment + 1 if live.moment + 1 < len(live.path) else -1)
+        for moment in (*range(len(live.moments)), -1) if live.path else ():
+            live.step(moment)
             panel.get_by_role("button", name="one moment on", exact=True).click()
             agrees(panel, live)
 

@@ -36,10 +36,11 @@ def texts_of(picture):
 
 
 def moment(svg, number):
-    """What the group of a moment says: the texts that it changes or brings, and those that stay as they were."""
-    (group,) = [one for one in ET.fromstring(svg).iter() if one.get("data-moment") == str(number)][:1]
-    same = {text for one in group.iter() if one.get("class") == "kvmbook-same" for text in one.iter()}
-    said = [one for one in group.iter() if one.tag.endswith("text") and one.text]
+    """What a moment says in a picture: the texts that it changes or brings, and those that stay as they were."""
+    groups = [one for one in ET.fromstring(svg).iter() if one.get("data-moment") == str(number)]
+    parts = [part for group in groups for part in group.iter()]
+    same = {text for one in parts if one.get("class") == "kvmbook-same" for text in one.iter()}
+    said = [one for one in parts if one.tag.endswith("text") and one.text]
     return [one.text for one in said if one not in same], [one.text for one in said if one in same]
 
 

@@ -178,6 +178,26 @@ def draw_with_the_mouse(page, values, top):
     page.mouse.up()
 
 
+def test_a_fast_hand_leaves_no_point_out(page_of):
+    guess = guess_08_1()
+    page = page_of(guess)
+    chart = page.locator(".kvmbook-chart svg")
+    box, scale = (
+        chart.bounding_box(),
+        chart.evaluate("svg => svg.getBoundingClientRect().width / svg.viewBox.baseVal.width"),
+    )
+    x, y, width, height = map(float, chart.locator("[data-plot]").get_attribute("data-plot").split())
+    page.mouse.move(box["x"] + scale * x, box["y"] + scale * (y + height))
+    page.mouse.down()
+    page.mouse.move(box["x"] + scale * (x + width), box["y"] + scale * y)  # one move across all columns
+    page.mouse.up()
+    drawn, last = page.evaluate("saved.guessed"), len(guess.truth) - 1
+    assert (
+        all(abs(value - guess.top * number / last) <= 1 for number, value in enumerate(drawn))
+        and not show(page).is_disabled()
+    )
+
+
 def draw_with_the_keys(page, values, top):
     """From the first point on: all the way up or down, then one by one; the next point takes the value along."""
     page.get_by_role("slider").first.focus()

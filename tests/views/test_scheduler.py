@@ -25,6 +25,7 @@ def panel():
 def test_the_panel_and_a_real_vm_go_the_same_way(panel, ad_bits, flush):
     hardware, chance = HARDWARE[ad_bits], random.Random(200)
     panel.choose(A_D_bits=ad_bits, flush_rule=flush)
+    panel.start_again()
     vm = smallest_vm(hardware, KERNELS[flush], grain=Grain.FAULT)
     for _ in range(200):
         actions = {label(action): action for action in possible(vm, Grain.FAULT)}
@@ -81,6 +82,7 @@ def test_show_me_is_the_shortest_run_and_undo_takes_it_back(panel):
 def test_where_no_run_loses_a_write_the_panel_says_so(panel):
     panel.choose(A_D_bits="off", flush_rule="if changed")
     panel.play()
+    panel.start_again()
     assert panel.choose(flush_rule="always") == "Nothing is lost. Choose a step." and panel.path == []
     states = explore(HARDWARE["off"], KERNELS["always"], grain=Grain.FAULT).states
     assert (
@@ -101,17 +103,32 @@ def test_a_run_can_be_written(panel):
         "\n".join(map(label, trace)),
         repr(trace_picture(explore(HARDWARE["off"], Kernel.v5_19, grain=Grain.FAULT))),
     ):
-        assert panel.write(written) == "Nothing is lost. Choose a step." and panel.moment == 0
-        assert panel.path == [label(action) for action in trace]
-        assert panel.step(-1).startswith("The write to page 0 is lost")
+        assert panel.write(written).startswith("The write to page 0 is lost")
+        assert panel.path == [label(action) for action in trace] and panel.moment == -1
     for wrong, said in {
-        "v r; host sleeps; v r": 'Step 2, "host sleeps", is not possible here. Possible: KVM for vCPU0 handles',
+        "v r; host sleeps; v r": 'Step 2, "host sleeps", is not the name of a step that is possible here. Possible: KVM',
         "vcpu0": 'Step 1, "vcpu0", may mean: vCPU0 reads page 0; vCPU0 writes page 0.',
     }.items():
         with pytest.raises(ValueError, match=re.escape(said)):
             panel.write(wrong)
         assert len(panel.path) == int(said[5]) - 1 and panel.moment == -1  # what stands before it is done
     assert panel.write(" ; \n# nothing") == "Nothing is lost. Choose a step." and panel.path == []
+
+
+def test_other_settings_keep_the_run_as_far_as_it_is_possible(panel):
+    panel.choose(A_D_bits="off", flush_rule="if changed")
+    panel.play()
+    run = list(panel.path)
+    assert panel.choose(flush_rule="always") == "Nothing is lost. Steps so far: 12."
+    assert panel.path == [step.replace("flush_if_owed", "flush_always") for step in run]
+    assert panel.choose(flush_rule="if changed").startswith("The write to page 0 is lost") and panel.path == run
+    panel.choose(A_D_bits="on, with PML")  # its ioctl has more steps: the last write comes in the midst of them
+    steps = ["kvm_mmu_update_cpu_dirty_logging", "clear_dirty_tdp", "flush_if_owed"]
+    assert panel.path[8:] == [*(f"user space {step}" for step in steps), "vCPU0 writes page 0"]
+    panel.write("v r")
+    panel.path = [*panel.path, "vCPU0 forgets page 0", "host ages page 0"]  # as no page would say
+    assert panel._kept() == ["vCPU0 reads page 0"]
+    panel.start_again()
 
 
 def test_a_step_that_is_not_possible_is_refused_by_name(panel):
