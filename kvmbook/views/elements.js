@@ -95,7 +95,7 @@ function fit(figure) {
   for (const part of svg.querySelectorAll(".kvmbook-narrow")) part.style.display = narrow ? "inline" : "none";
   for (const part of svg.querySelectorAll(".kvmbook-wide")) part.style.display = narrow ? "none" : "inline";
   const scrolls = figure.scrollWidth > figure.clientWidth;  // then the keyboard must be able to
-  for (const [name, value] of Object.entries({ tabindex: "0", role: "region", "aria-label": "picture, wider than its place" })) {
+  for (const [name, value] of Object.entries({ tabindex: "0", role: "group", "aria-label": "picture, wider than its place" })) {
     scrolls ? figure.setAttribute(name, value) : figure.removeAttribute(name);
   }
 }

@@ -223,26 +223,36 @@ def spot_of(now: Now) -> Spot:
 
 
 class _Board:
-    """Where everything is. ``place``: the middle of each spot's box."""
+    """Where everything is. ``place``: the middle of each spot's box. ``stacked``: the boards stand below each other, as in
+    the narrow form."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, stacked: bool = False) -> None:
+        self.stacked = stacked
         self.spots = [spot_of(now) for now in graph.states]
         met = set(self.spots)
         self.sptes = [spte for spte in SPTES if any(spot[1] == spte for spot in met)]
         self.tlbs = [tlb for tlb in TLBS if any(spot[2] == tlb for spot in met)]
-        self.lost_y = HEAD + len(self.sptes) * DOWN + 20
-        tops = {"off": HEAD, "enabling": HEAD, "on": HEAD, "noted": self.lost_y + 70}
+        high = len(self.sptes) * DOWN
+        tops = {name: HEAD + stacked * number * (high + HEAD) for number, name in enumerate(("off", "enabling", "on"))}
+        self.lost_y = tops["on"] + high + 20
+        tops["noted"] = self.lost_y + 70
         below = [spte for spte in self.sptes if any(spot[:2] == ("noted", spte) for spot in met)]
         rows = {board: below if board == "noted" else self.sptes for board in BOARDS}
-        self.left = {board: 6 + min(n, 2) * (PANEL + 4) for n, board in enumerate(BOARDS)}
+        self.left = {board: 6 + min(n, 2) * (PANEL + 4) * (not stacked) for n, board in enumerate(BOARDS)}
         self.frame = {board: (tops[board] - 52 * (board != "noted"), len(rows[board])) for board in BOARDS}
         self.place: dict[Spot, tuple[float, float]] = {}
         for board, spte, tlb in sorted(met - {NOWHERE}):
             x = self.left[board] + (self.tlbs.index(tlb) + 0.5) * PANEL / len(self.tlbs)
             self.place[board, spte, tlb] = x, tops[board] + (rows[board].index(spte) + 0.5) * DOWN
         self.tops, self.height = tops, tops["noted"] + len(below) * DOWN + 12
+        self.words_y = self.height + 20 if stacked else self.lost_y + 10  # where the legend begins
         steps = {(a, self.spots[to]) for a, edges in zip(self.spots, graph.edges, strict=True) for _, to in edges}
-        self.edges = sorted((a, b) for a, b in steps if NOWHERE != a != b and (a[0] in BEFORE or b[0] not in BEFORE))
+        ahead = [(a, b) for a, b in steps if NOWHERE != a != b and (a[0] in BEFORE or b[0] not in BEFORE)]
+        self.edges = sorted((a, b) for a, b in ahead if not stacked or a[0] == b[0])
+
+    def below(self, run: Sequence[Action]) -> float:
+        """What the legend and the steps of a run take below all boards."""
+        return max(0.0, self.words_y + 74 + 20 * len(run) - self.height)
 
     def ends(self, a: Spot, b: Spot) -> tuple[float, float, float, float]:
         """From the border of one box to the border of another, along the line between their middles."""
@@ -255,6 +265,15 @@ class _Board:
     def connector(self, a: Spot, b: Spot) -> tuple[str, float, float]:
         """A lit arrow from box to box: its path, and where its number goes. Above the boxes if it runs along a row."""
         xa, ya, xb, yb = self.ends(a, b)
+        if self.stacked and a[0] != b[0]:  # along the boards' right side
+            (xa, ya), (xb, yb) = (
+                self.place[a],
+                self.place.get(b, (self.left["on"] + (PANEL - WIDE) / 2, self.lost_y + 18)),
+            )
+            to = PANEL / 2 if b == NOWHERE else WIDE / 2
+            side = PANEL + 26
+            path = f"M{xa + WIDE / 2:.1f} {ya:.1f}H{side}V{yb:.1f}H{xb + to + 2:.1f}" + _head(-1, 0)
+            return path, side, (ya + yb) / 2
         if a[0] != b[0] != NOWHERE[0] and self.place[a][1] == self.place[b][1]:
             (xa, ya), (xb, _) = self.place[a], self.place[b]
             return f"M{xa + 14:.1f} {ya - 21:g}v-12H{xb - 14:.1f}v10" + _head(0, 1), (xa + xb) / 2, ya - 33
@@ -324,7 +343,7 @@ def _lit_parts(board: _Board, graph: Graph, lit: Sequence[Action]) -> list[str]:
     room = {NOWHERE: (PANEL, 36)}
     paths, marks, stays = [], [block([_ring(*places[spots[0]])], moment=0)], list[int]()
     for number, (action, (a, b)) in enumerate(zip(lit, pairwise(spots), strict=True), 1):
-        line, stay = board.lost_y + 74 + 20 * number, ": stays in its spot" * (a == b)
+        line, stay = board.words_y + 64 + 20 * number, ": stays in its spot" * (a == b and not board.stacked)
         mark = [text(34, line, str(number), size=13, anchor="end")]
         mark += [text(42, line, label(action) + stay, size=13, anchor="start"), _ring(*places[b], *room.get(b, ()))]
         stays = [*stays, number] if a == b else []
@@ -344,20 +363,29 @@ def page_graph_picture(hardware: Hardware, kernel: Kernel, lit: Sequence[Action]
     logging, the SPTE, the TLB, and whether the log has the page; each line for steps between them. ``lit``: the run to
     show, by default a shortest one that loses a write. Raises ValueError for a run that is not possible."""
     graph = graph_of(hardware, kernel, grain=Grain.ACCESS)
-    board, run = _Board(graph), graph.shortest_loss() or () if lit is None else lit
-    parts = _boards_parts(board) + _lit_parts(board, graph, run)
-    said = f"{len(graph.states)} states in {len(set(board.spots))} spots"
+    run = graph.shortest_loss() or () if lit is None else lit
+    passed = [graph.states[state] for state in graph.walk(run)]
+    wide, narrow = _Board(graph), _Board(graph, stacked=True)
+    said = f"{len(graph.states)} states in {len(set(wide.spots))} spots"
     told = [said, "a box: the SPTE; dashed: the TLB allows more", "not drawn: steps that switch logging off"]
     told += [f"lit: a run of {len(run)} steps"] * bool(run)
-    for n, line in enumerate(told):
-        parts.append(text(10, board.lost_y + 10 + 20 * n, line, size=13, anchor="start", bold=n == 3))
     ends = "no run loses a write" if graph.distance[0] is None else f"a run of {graph.distance[0]} steps loses a write"
-    passed = [graph.states[state] for state in graph.walk(run)]
     steps = [f"{number}. {label(action)}" for number, action in enumerate(run, 1)]
-    alt = f"One page and one vCPU: {said}; {ends}. " + "; ".join(steps)
-    height = max(board.height, board.lost_y + 84 + 20 * len(run))
+    alt = f"One page and one vCPU: {said}; {ends}. {'; '.join(steps)}".strip()
     moments = ["At the start.", *(f"{step}: {_where(now)}." for step, now in zip(steps, passed[1:], strict=True))]
-    return Picture(svg(board.left["on"] + PANEL + 6, height, alt.strip(), parts), alt.strip(), moments if run else ())
+    parts = [block(_whole(wide, graph, run, told), look="wide"), block(_whole(narrow, graph, run, told), look="narrow")]
+    sizes = [
+        (board.left["on"] + PANEL + 6 + 34 * board.stacked, board.height + board.below(run)) for board in (wide, narrow)
+    ]
+    return Picture(svg(*sizes[0], alt, parts, sizes[1]), alt, moments if run else ())
+
+
+def _whole(board: _Board, graph: Graph, run: Sequence[Action], told: Sequence[str]) -> list[str]:
+    """The boards with the run, and what is told of them."""
+    lines = [
+        text(10, board.words_y + 20 * n, line, size=13, anchor="start", bold=n == 3) for n, line in enumerate(told)
+    ]
+    return [*_boards_parts(board), *_lit_parts(board, graph, run), *lines]
 
 
 def _where(now: Now) -> str:
