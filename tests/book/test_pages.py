@@ -239,6 +239,14 @@ def test_on_a_phone_printed_text_keeps_its_columns_and_scrolls_by_itself(visit, 
     seen.clean()
 
 
+NARROW = [
+    "scrollable-region-focusable",
+    "landmark-unique",
+    "link-in-text-block",
+    "nested-interactive",
+]  # the rest is wide, too
+
+
 def test_axe_finds_nothing_on_a_phone(visit, home):
     vendor.fetch(ROOT / "build/vendor")
     axe = (ROOT / "build/vendor/axe-core/axe.min.js").read_text()
@@ -248,7 +256,9 @@ def test_axe_finds_nothing_on_a_phone(visit, home):
         seen.page.evaluate("document.querySelectorAll('.kvmbook-fold').forEach(one => one.open = true)")
         seen.page.wait_for_timeout(400)
         seen.page.evaluate(axe)
-        found = seen.page.evaluate("axe.run('article').then(done => done.violations)")
+        found = seen.page.evaluate(
+            "rules => axe.run('article', { runOnly: rules }).then(done => done.violations)", NARROW
+        )
         assert not [(v["id"], node["html"][:200]) for v in found for node in v["nodes"]], file
 
 
