@@ -149,7 +149,7 @@ class _Told:
         seen = "✓ PML notes it" if outcome in ANSWERED else f"✓ {outcome}"
         self.then("vCPU 0", "writes", "✕ sees nothing" if lost else seen, outcome)
         report = self.vm.get_dirty_log(0)
-        said = f"reports page {self.followed}" if report[self.followed] else "reports it not"
+        said = f"reports page {self.followed}" if report[self.followed] else "not reported"
         self.then("user space", "harvests", said)
         missed = set(self.vm.missed_dirty(0).tolist())
         found = zip(gfns, report.tolist(), strict=True)
