@@ -126,45 +126,53 @@ def _answered_at(moment: RunMoment, columns: Sequence[Column]) -> Column | None:
     return next(column for column in columns if column.about == about)
 
 
+def _over(moment: RunMoment, row: int, columns: Sequence[Column], reaches: Sequence[Column], lost: bool) -> list[str]:
+    """What lies over the columns in a row: where an access is answered, the arrow where it passes, a flush."""
+    parts, answered = list[str](), _answered_at(moment, columns)
+    if answered and not answered.begins(row):
+        ink = INK if LOOK.get(answered.states[row].removeprefix(STALE), ("none", ""))[0] != "none" else ""
+        parts.append(text(answered.middle, 15, HERE[moment.answered], size=SIZE, fill=ink, italic=True))
+    look = f'stroke="{INK if lost else "currentColor"}" stroke-width="2" stroke-dasharray="2 5"'
+    for column in columns:
+        if reaches and column.x < reaches[-1].x and column not in reaches and not column.begins(row):
+            parts.append(f'<path d="M{column.x:g} 10h{column.width:g}" {look}/>')
+    if moment.flushed:
+        tlbs = [column for column in columns if column.about[0].startswith("vCPU")]
+        parts.append(f'<path d="M{tlbs[0].x - 3:g} 0H{tlbs[-1].x + tlbs[-1].width + 3:g}" {LINE} stroke-width="5"/>')
+    return parts
+
+
+def _names(moment: RunMoment, before: Now, row: int, narrow: float, bold: bool) -> list[str]:
+    """What a step is called: beside the lanes, or in full in the narrow form, which has no lanes."""
+    name = f"{row}. {label(moment.action)}"
+    size = min(SIZE, int(narrow / LETTER / len(name)))
+    return [
+        block([text(26, 15, str(row), size=SIZE, anchor="end")], look="wide"),
+        block([text(34, 15, _said(moment, before), size=SIZE, anchor="start", bold=bold)], look="wide"),
+        block([text(4, 15, name, size=size, anchor="start")], look="narrow"),
+    ]
+
+
 def _row(run: Run, row: int, columns: Sequence[Column], left: float) -> list[str]:
     """One row: the step's name, who acts with arrows, and all columns. In the narrow form the name stands above these."""
-    narrow, wide = columns[-1].x + columns[-1].width, [_piece(column, row) for column in columns]
+    pieces = [_piece(column, row) for column in columns]
     if row == 0:
         parts = [text(34, 15, "at the start", size=SIZE, anchor="start")]
-        return [block(parts, (0, TOP), (-30, TOP)), block(wide, (SAID + left, TOP), (4, TOP + ROW))]
+        return [block(parts, (0, TOP), (-30, TOP)), block(pieces, (SAID + left, TOP), (4, TOP + ROW))]
     moment, before = run.moments[row - 1], run.moments[row - 2].now if row > 1 else run.start
+    lost, answered = moment.now.lost and not before.lost, _answered_at(moment, columns)
+    passes = lost and moment.answered == "TLB"  # it goes through the TLB, and there it ends
+    reaches = [column for column in columns if column is answered or (column.changes(row) and not passes)]
     lane = run.actors.index(moment.action.who.removeprefix("KVM for "))
-    lost = moment.now.lost and not before.lost
-    answered = _answered_at(moment, columns)
-    reaches = [column for column in columns if column.changes(row) or column is answered]
-    if lost and moment.answered == "TLB":  # it goes through the TLB, and there it ends
-        reaches = [column for column in columns if column is answered]
     arrows = _mark(moment.action.who, lane, reaches, left)
     if lost:
         arrows = [part.replace('"currentColor"', f'"{LOST}"') for part in arrows]
-    over = []
-    if answered and not answered.begins(row):
-        ink = INK if LOOK.get(answered.states[row].removeprefix(STALE), ("none", ""))[0] != "none" else ""
-        over.append(text(answered.middle, 15, HERE[moment.answered], size=SIZE, fill=ink, italic=True))
-    if reaches:  # the arrow goes on behind the columns that it passes
-        passed = [column for column in columns if column.x < reaches[-1].x and column not in reaches]
-        look = f'stroke="{INK if lost else "currentColor"}" stroke-width="2" stroke-dasharray="2 5"'
-        over += [f'<path d="M{column.x:g} 10h{column.width:g}" {look}/>' for column in passed if not column.begins(row)]
-    if moment.flushed:
-        tlbs = [column for column in columns if column.about[0].startswith("vCPU")]
-        over.append(f'<path d="M{tlbs[0].x - 3:g} 0H{tlbs[-1].x + tlbs[-1].width + 3:g}" {LINE} stroke-width="5"/>')
     bold = lost or moment.action.what.startswith("flush")
-    name = f"{row}. {label(moment.action)}"
-    parts = [
-        block([text(26, 15, str(row), size=SIZE, anchor="end")], look="wide"),
-        block([text(34, 15, _said(moment, before), size=SIZE, anchor="start", bold=bold)], look="wide"),
-        block([text(4, 15, name, size=min(SIZE, int(narrow / LETTER / len(name))), anchor="start")], look="narrow"),
-    ]
     y, stacked = TOP + row * ROW, TOP + row * 2 * ROW
     return [
-        block(parts, (0, y), (0, stacked)),
+        block(_names(moment, before, row, columns[-1].x + columns[-1].width, bold), (0, y), (0, stacked)),
         block(arrows, (SAID, y), look="wide"),
-        block([*wide, *over], (SAID + left, y), (4, stacked + ROW)),
+        block([*pieces, *_over(moment, row, columns, reaches, lost)], (SAID + left, y), (4, stacked + ROW)),
     ]
 
 
