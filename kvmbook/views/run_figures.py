@@ -272,16 +272,12 @@ class _Board:
 
     def connector(self, a: Spot, b: Spot) -> tuple[str, float, float]:
         """A lit arrow from box to box: its path, and where its number goes. Above the boxes if it runs along a row."""
-        xa, ya, xb, yb = self.ends(a, b)
-        if self.stacked and a[0] != b[0]:  # along the boards' right side
-            (xa, ya), (xb, yb) = (
-                self.place[a],
-                self.place.get(b, (self.left["on"] + (PANEL - WIDE) / 2, self.lost_y + 18)),
-            )
-            to = PANEL / 2 if b == NOWHERE else WIDE / 2
-            side = PANEL + 26
-            path = f"M{xa + WIDE / 2:.1f} {ya:.1f}H{side}V{yb:.1f}H{xb + to + 2:.1f}" + _head(-1, 0)
+        if self.stacked and a[0] != b[0]:  # along the boards' right side; "lost" is as wide as a board
+            side, end = PANEL + 26, PANEL + 6 if b == NOWHERE else self.place[b][0] + WIDE / 2
+            ya, yb = self.place[a][1], self.lost_y + 18 if b == NOWHERE else self.place[b][1]
+            path = f"M{self.place[a][0] + WIDE / 2:.1f} {ya:.1f}H{side}V{yb:.1f}H{end + 2:.1f}" + _head(-1, 0)
             return path, side, (ya + yb) / 2
+        xa, ya, xb, yb = self.ends(a, b)
         if a[0] != b[0] != NOWHERE[0] and self.place[a][1] == self.place[b][1]:
             (xa, ya), (xb, _) = self.place[a], self.place[b]
             return f"M{xa + 14:.1f} {ya - 21:g}v-12H{xb - 14:.1f}v10" + _head(0, 1), (xa + xb) / 2, ya - 33

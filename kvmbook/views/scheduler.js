@@ -40,6 +40,7 @@ function render({ model, el }) {
   }
 
   const isLost = (g, state) => g.states[state].at(-2) === 1;
+  const firstLost = (g, states) => states.findIndex((state) => isLost(g, state));
   const distance = (g, state) => g.states[state].at(-1);
 
   // ---- moves ----
@@ -223,7 +224,7 @@ function render({ model, el }) {
   }
 
   function drawHistory(g, states) {
-    const first = states.findIndex((state) => isLost(g, state));
+    const first = firstLost(g, states);
     history.replaceChildren(...model.get("path").map((label, i) =>
       element("li", i >= states.length - 1 ? { class: "kvmbook-later" } : {}, label, ...(i + 1 === first ? [element("b", {}, " ✕ lost")] : []))));
     past.scrollTop = past.scrollHeight * (states.length / (model.get("path").length + 1)) - past.clientHeight / 2;
@@ -231,7 +232,7 @@ function render({ model, el }) {
 
   // What is to be said of the states that a run has passed.
   function verdict(g, states, asked = "") {
-    const here = states.at(-1), first = states.findIndex((state) => isLost(g, state));
+    const here = states.at(-1), first = firstLost(g, states);
     let said = isLost(g, here) ? "lost" : first > 0 ? "covered" : states.length > 1 ? "going" : "start";
     if (asked === "play" && distance(g, 0) < 0) said = "safe";
     const told = [said];
@@ -249,7 +250,7 @@ function render({ model, el }) {
     drawChoices(g, here);
     drawHistory(g, states);
     moments.draw();
-    if (playing !== null && model.get("path").length > mine + 1) stop();  // somebody has gone elsewhere
+    if (playing !== null && model.get("path").length !== mine) stop();  // somebody has gone elsewhere
     undo.disabled = states.length === 1;
     again.disabled = model.get("path").length === 0;
     const leaves = [undo, again].some((one) => one.disabled && one === held);

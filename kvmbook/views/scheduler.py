@@ -271,7 +271,7 @@ class SchedulerPanel(Panel):
         }
         return " ".join(SENTENCES[name].format(**numbers) for name in told)
 
-    @property
+    @functools.cached_property
     def _shortest(self) -> Picture:
         """A shortest run that loses a write with the first settings."""
         kernel = Kernel.v5_19.with_(flush=FlushPolicy(SETTINGS["flush rule"][0]))
