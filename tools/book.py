@@ -26,7 +26,7 @@ import yaml
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tools import checks, function_map, pages, store_outputs, vendor  # noqa: E402
+from tools import checks, made_pages, pages, store_outputs, vendor  # noqa: E402
 
 # ---- the sources of the pages ----------------------------------------------------------------------------------------
 
@@ -36,10 +36,8 @@ def stage(root: pathlib.Path, source: pathlib.Path, stored: bool) -> None:
     for path in [root / "_config.yml", root / "_toc.yml", *sorted((root / "book").rglob("*"))]:
         if path.is_file():
             write(source / path.relative_to(root), path.read_bytes())
-    try:
-        write(source / "book/function-map.md", function_map.markdown().encode())
-    except function_map.Unparsable as problem:
-        raise SystemExit(str(problem)) from None
+    for name, content in made_pages.made():
+        write(source / name, content)
     write(source / "static/states.css", pages.states_style().encode())
     vendor.lay_out(source / "static/vendor")
     notebooks = sorted((root / "notebooks").glob("*.ipynb"))
@@ -154,11 +152,21 @@ def build(
     if not wrong and (done.returncode or not (built / "index.html").exists()):
         wrong = [printed[-3000:]]
     if not wrong:
-        pages.finish(built, contents(root), binder)
+        drop_unread(built)
+        pages.finish(built, contents(root))
+        if binder:
+            pages.link_to_binder(built, contents(root), binder)
     if wrong := wrong or checks.broken(built, contents(root), root):
         shutil.rmtree(built, ignore_errors=True)
         raise SystemExit("\n".join(["the pages were not built:", *wrong]))
     return built
+
+
+def drop_unread(built: pathlib.Path) -> None:
+    """Remove what no reader's browser asks for: where the theme's scripts come from, and its words in other languages."""
+    for source_map in (built / "_static").rglob("*.map"):
+        source_map.unlink()
+    shutil.rmtree(built / "_static/locales", ignore_errors=True)
 
 
 def name_the_cell(warning: str) -> str:

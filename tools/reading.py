@@ -24,7 +24,7 @@ from nbformat.sign import NotebookNotary
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tools import function_map  # noqa: E402
+from tools import made_pages  # noqa: E402
 
 COPY = ROOT / "reading"
 FIRST = "notebooks/01-a-write-that-nobody-saw.ipynb"
@@ -67,15 +67,7 @@ def files(root: pathlib.Path) -> Iterator[tuple[str, bytes]]:
         name = path.relative_to(root)
         if path.is_file() and not any(part.startswith(".") for part in name.parts):
             yield str(name), path.read_bytes()
-    yield "book/function-map.md", map_of_functions().encode()
-
-
-def map_of_functions() -> str:
-    """The page that is made of the docstrings. SystemExit if one of them cannot be read."""
-    try:
-        return function_map.markdown()
-    except function_map.Unparsable as problem:
-        raise SystemExit(str(problem)) from None
+    yield from made_pages.made()
 
 
 def manifest(copy: pathlib.Path) -> dict[str, dict[str, str]]:
@@ -165,7 +157,8 @@ def start(sources: bool) -> None:
     """Become the server."""
     folder = ROOT if sources else COPY
     if sources:
-        (ROOT / "book/function-map.md").write_text(map_of_functions())
+        for name, content in made_pages.made():
+            (ROOT / name).write_bytes(content)
     else:
         for said in deliver(COPY):
             print(said)

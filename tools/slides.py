@@ -32,6 +32,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from tools import glossary, vendor  # noqa: E402
+from tools.chapters import promise_of, title_of  # noqa: E402
 from tools.checks import WIDGET_STATE, WIDGET_VIEW, has_title, models_of  # noqa: E402
 
 DECKS = ROOT / "slides"
@@ -103,7 +104,7 @@ def cells_of(where: str, slide: Slide, chapter: Any) -> Iterator[Any]:
     for number, part in enumerate(parts_of(slide.body), 1):
         if part in ("{{title}}", "{{promise}}"):
             cell = nbformat.v4.new_markdown_cell(
-                title_of(chapter, "# ") if part == "{{title}}" else promise_of(where, chapter)
+                f"# {title_of(chapter)}" if part == "{{title}}" else promised(where, chapter)
             )
         elif "{{" in part:
             cell = taken(where, part, chapter)
@@ -150,18 +151,12 @@ def explained(text: str, anchors: dict[str, str]) -> str:
 # ---- what a chapter gives --------------------------------------------------------------------------------------------
 
 
-def title_of(chapter: Any, mark: str = "") -> str:
-    """The chapter's heading."""
-    return mark + chapter.cells[0].source.splitlines()[0].removeprefix("# ")
-
-
-def promise_of(where: str, chapter: Any) -> str:
-    """What the reader will be able to do: the first paragraph that is bold as a whole."""
-    text = "\n".join(cell.source for cell in chapter.cells if cell.cell_type == "markdown")
-    found = re.search(r"^\*\*(.+)\*\*$", text, flags=re.M)
-    if not found:
-        raise Wrong(f"{where}: the chapter has no promise, a paragraph that is bold as a whole")
-    return found[1]
+def promised(where: str, chapter: Any) -> str:
+    """The chapter's promise, or `Wrong`."""
+    try:
+        return promise_of(chapter)
+    except ValueError as problem:
+        raise Wrong(f"{where}: {problem}") from None
 
 
 def taken(where: str, part: str, chapter: Any) -> Any:

@@ -6,7 +6,7 @@ Read it from the ground up: a word (`spte`; `compiled` and `arrays` ask a millio
 below.
 """
 
-from kvmbook.model.access_tracking import ClearFlushYoung, ClearYoung, InvalidateRange
+from kvmbook.model.access_tracking import ClearFlushYoung, ClearYoung, InvalidateRange, TestYoung
 from kvmbook.model.arrays import ALL_BITS, BLOCK, SPTE_BASE_ADDR_MASK, each
 from kvmbook.model.compiled import numba_is_there
 from kvmbook.model.dirty_log import ClearDirtyLog, GetDirtyLog, ResetDirtyRings
@@ -14,7 +14,7 @@ from kvmbook.model.faults import Outcome, PageFault
 from kvmbook.model.guest_memory import WriteGuest
 from kvmbook.model.hardware import Hardware
 from kvmbook.model.host import USER_BASE
-from kvmbook.model.invariants import check, check_leaf
+from kvmbook.model.invariants import check, check_leaf, key_invariant
 from kvmbook.model.kernel import FlushPolicy, FlushRule, Kernel
 from kvmbook.model.machine import Event, Machine, Operation, VcpuState, step
 from kvmbook.model.memory_regions import SetUserMemoryRegion, kvm_mmu_slot_apply_flags
