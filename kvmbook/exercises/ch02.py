@@ -55,31 +55,11 @@ def quiz_02_2() -> Answer:
 
 
 @question(
-    "it is lost: nothing faults",
-    "the next GET names the page",
-    "it is lost: the page was copied, so the next GET leaves it out",
-)
-def quiz_02_3() -> Answer:
-    """With INITIALLY_SET, user space GETs the log, CLEARs pages 0 to 63, and copies all pages. Then the guest writes page
-    70, and the write goes through without a fault. What becomes of that write?"""
-    vm = logged_vm("manual, initially set")
-    vm.clear_dirty_log(0, 0, 64, vm.get_dirty_log(0)[:64])
-    outcome = vm.vcpu[0].write(BASE_GFN + 70)
-    named = outcome in (Outcome.HIT, Outcome.WALK) and vm.get_dirty_log(0)[70]
-    option = "the next GET names the page" if named else "it is lost: nothing faults"
-    because = (
-        "No CLEAR took the bit of page 70, so that bit is still set. If you copy a page without a CLEAR, you will copy it "
-        "once more, but you lose nothing: a writable page is dangerous only if its bit is clear."
-    )
-    return Answer(option, because)
-
-
-@question(
     "the call is refused with EINVAL",
     "all 64 pages are write-protected again",
     "one page is cleared and protected, the others are left alone",
 )
-def quiz_02_4() -> Answer:
+def quiz_02_3() -> Answer:
     """One page of 64 is dirty. User space calls CLEAR with all 64 bits set. What happens?"""
     vm = logged_vm("manual protect", npages=64)
     vm.vcpu[0].write(BASE_GFN + 1)

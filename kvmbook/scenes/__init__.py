@@ -1,9 +1,21 @@
 """The runs that chapters tell, and words for what they show: pure functions from a few settings to results.
 
-`enabling` is the story of chapters 01 and 08, `slots` of chapter 02, `words` and `decoding` of chapter 03; `runs` retells any
-run moment by moment. For notebooks, for views, which draw the results, and for exercises, which ask about them.
+`enabling` is the story of chapters 01 and 08, `slots` of chapter 02, `words` and `decoding` of chapter 03,
+`writes` of chapter 05; `runs` retells any run moment by moment. For notebooks, for views, which draw the results, and for
+exercises, which ask about them.
 """
 
+from kvmbook.scenes.ageing import (
+    AGED_ON,
+    CALLS,
+    NO_FLUSH,
+    USES,
+    WAYS_TO_ASK,
+    Ageing,
+    Measured,
+    age_touch_ask,
+    measure,
+)
 from kvmbook.scenes.decoding import (
     HELPERS,
     NOT_ASKED,
@@ -28,6 +40,49 @@ from kvmbook.scenes.enabling import (
     spte_state,
     write_after_enabling,
 )
+from kvmbook.scenes.faulting import (
+    ACCESSES,
+    FAULTS_ON,
+    MEANWHILE,
+    PAGES_NOW,
+    AccessPath,
+    Ending,
+    FaultStep,
+    endings,
+    follow,
+    harvest_before,
+    page_now,
+)
+from kvmbook.scenes.reasons import (
+    ACTS,
+    BY_RULES,
+    CARELESS,
+    ENABLES,
+    GUARDS,
+    NOT_WRITABLE,
+    REASONS,
+    WRITES,
+    Act,
+    Stage,
+    give_back,
+    harm_of,
+    page_with,
+    reasons_of,
+)
+from kvmbook.scenes.remembering import (
+    CUT_OFF,
+    FIRST,
+    LOWERED,
+    NEXT,
+    REMEMBERING,
+    Recall,
+    Remembered,
+    escapes,
+    pairs_met,
+    reach,
+    read_below,
+    who_remembers,
+)
 from kvmbook.scenes.runs import Graph, Now, Run, RunMoment, graph_of, label, now_of, retell, run_of, what_of
 from kvmbook.scenes.slots import (
     FLAGS,
@@ -36,6 +91,7 @@ from kvmbook.scenes.slots import (
     RULES,
     SEEN_PAGES,
     SIZES,
+    SLOT_CHANGES,
     SLOTS,
     WHEN,
     WRITTEN,
@@ -43,6 +99,7 @@ from kvmbook.scenes.slots import (
     Harvest,
     ProtectFirst,
     Row,
+    after_change,
     ask,
     ask_panel,
     ask_twice,
@@ -51,7 +108,6 @@ from kvmbook.scenes.slots import (
     logged_vm,
     refusals,
     region,
-    sent_again,
     what_changes,
 )
 from kvmbook.scenes.words import (
@@ -72,4 +128,21 @@ from kvmbook.scenes.words import (
     is_legal,
     listed,
     named_words,
+)
+from kvmbook.scenes.writes import (
+    PML_PLACES,
+    WAYS,
+    WRITE_TIMES,
+    WRITERS,
+    Caught,
+    Counts,
+    Touched,
+    caught,
+    huge_vm,
+    is_reported,
+    locks_of,
+    mapped_and_logged,
+    ring_order,
+    set_logging,
+    touch_all,
 )

@@ -6,7 +6,6 @@ Pure functions from a few settings to a result; `kvmbook.views.slot_panels` draw
 from __future__ import annotations
 
 import errno
-import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -27,6 +26,7 @@ from kvmbook.model import (
     MemoryRegion,
     MemorySlot,
     Operation,
+    Outcome,
     SetUserMemoryRegion,
     Vm,
     bit_offsets,
@@ -303,7 +303,30 @@ def ask_twice(protocol: str) -> tuple[int, int]:
     return int(first.sum()), int(second.sum())
 
 
-# ---- the other orders ------------------------------------------------------------------------------------------------
+SLOT = {"base_gfn": BASE_GFN, "npages": 64}
+LOGGING = {**SLOT, "log_dirty_pages": True}
+SLOT_CHANGES: dict[str, tuple[dict[str, Any], ...]] = {
+    "switches the log off": (SLOT,),
+    "switches it off and on": (SLOT, LOGGING),
+    "moves the slot": ({**LOGGING, "base_gfn": BASE_GFN + 0x100},),
+    "deletes it, and makes it again": ({}, LOGGING),
+}
+
+
+def after_change(change: str) -> tuple[str, Outcome]:
+    """What becomes of a slot that logs, with page 3 dirty and page 1 protected, by a change of it, a key of `SLOT_CHANGES`:
+    what GET answers afterwards, the dirty pages or an errno, and how the guest's next write to page 1 goes."""
+    vm = logged_vm(npages=64)
+    vm.vcpu[0].write(BASE_GFN + 3)
+    for call in SLOT_CHANGES[change]:
+        vm.set_user_memory_region(slot=0, **call)
+    slot, get = vm.memslots.slots[0, 0], GetDirtyLog(0)
+    refused = errno_of(lambda: vm.run(get))
+    said = str(list(page_numbers(get.result))) if refused == "0" else refused
+    return said, vm.vcpu[0].write(slot.base_gfn + 1)
+
+
+# ---- another order ------------------------------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
@@ -330,19 +353,3 @@ class ProtectFirst(GetDirtyLog):
         said = super().take_bits(m)
         self.todo = ["protect_first"] if self.words else self.ending(bool(self.taken))
         return said
-
-
-def sent_again(protocol: str, writes: int, npages: int = 1024, seed: int = 1) -> int:
-    """How many of ``npages`` dirty pages a second harvest names, if user space sends the first report 64 pages at a time and
-    the guest writes ``writes`` random pages after each of these. With manual protect, each 64 are cleared just before they
-    are sent."""
-    vm, draw = logged_vm(protocol, npages), random.Random(seed)
-    for page in range(npages):
-        vm.vcpu[0].write(BASE_GFN + page)
-    report = vm.get_dirty_log(0)
-    for first in range(0, npages, 64):
-        if vm.manual_protect:
-            vm.clear_dirty_log(0, first, 64, report[first : first + 64])
-        for page in draw.choices(range(npages), k=writes):  # user space has just sent these 64
-            vm.vcpu[0].write(BASE_GFN + page)
-    return int(vm.get_dirty_log(0).sum())

@@ -16,8 +16,7 @@ from kvmbook.scenes import region
     [
         (1, "a slow fault: its mapping is gone"),
         (2, "in this report"),
-        (3, "the next GET names the page"),
-        (4, "one page is cleared and protected, the others are left alone"),
+        (3, "one page is cleared and protected, the others are left alone"),
     ],
 )
 def test_questions(number, answer):

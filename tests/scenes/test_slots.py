@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from kvmbook.model import MemoryRegion
+from kvmbook.model import MemoryRegion, Outcome
 from kvmbook.scenes import PROTOCOLS, RULES, WHEN, WRITTEN, ask, harvest, refusals, slots
 from kvmbook.views import which_errno
 
@@ -113,8 +113,14 @@ def test_what_changes_says_each_kind_of_change_and_a_refusal_changes_nothing():
     )
 
 
-def test_ask_twice_and_send_again():
+def test_what_two_questions_in_a_row_are_answered():
     assert [slots.ask_twice(protocol) for protocol in PROTOCOLS] == [(3, 0), (3, 3), (64, 64)]
-    assert slots.sent_again("GET clears", 0, 128) == 0
-    cleared, manual = (slots.sent_again(protocol, 16, 256) for protocol in ("GET clears", "manual protect"))
-    assert 0 < manual < cleared
+
+
+def test_a_move_keeps_the_bits_and_switching_off_or_deleting_does_not():
+    assert {change: slots.after_change(change) for change in slots.SLOT_CHANGES} == {
+        "switches the log off": ("ENOENT", Outcome.FAST_FAULT),
+        "switches it off and on": ("[]", Outcome.FAST_FAULT),
+        "moves the slot": ("[3]", Outcome.SLOW_FAULT),
+        "deletes it, and makes it again": ("[]", Outcome.SLOW_FAULT),
+    }
