@@ -295,6 +295,13 @@ class Vm(Machine):
             raise ValueError(f"vCPU {vcpu}: this VM has {len(self.vcpu)}, from 0")
         self.run(WriteGuest(gfn, vcpu))
 
+    def write_past_kvm(self, gfn: int) -> None:
+        """Somebody else writes the page: user space through its own mapping, vhost, a device by DMA. They use no SPTE, so
+        KVM cannot know, and its log has no mark. ValueError if ``gfn`` is in no slot."""
+        self._slot_of(gfn)
+        self.record("somebody else", "write", gfn)
+        self.note_write(gfn)
+
     def _slot_of(self, gfn: int) -> MemorySlot:
         slot = self.memslots.gfn_to_memslot(gfn)
         if slot is None:

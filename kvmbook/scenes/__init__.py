@@ -71,6 +71,7 @@ from kvmbook.scenes.reasons import (
 )
 from kvmbook.scenes.remembering import (
     CUT_OFF,
+    ENTRIES,
     FIRST,
     LOWERED,
     NEXT,

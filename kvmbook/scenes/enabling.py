@@ -92,6 +92,29 @@ def is_stale(spte: str, tlb: str) -> bool:
 ANSWERED = {Outcome.HIT: "TLB", Outcome.WALK: "SPTE"}  # by whom; KVM answers all others
 
 
+def moment_of(
+    vm: Vm, gfn: int, actor: str, action: str, kvm: str, *, flushed: bool = False, outcome: Outcome | None = None
+) -> Moment:
+    """How ``gfn``'s SPTE and the TLB of vCPU 0 look now, as a moment. ``outcome``: how the access went that it is about."""
+    fmt, spte, entry = vm.fmt, vm.spte(gfn), vm.vcpu[0].tlb.lookup("L1", gfn)
+    says, remembers = spte_state(fmt, spte), tlb_state(entry)
+    rights = "".join(c if on else "-" for c, on in zip("RWX", fmt.hardware_rights(spte), strict=True))
+    noted = {"A": fmt.spte_shadow_accessed_mask(spte), "D": fmt.spte_shadow_dirty_mask(spte)}
+    words = [rights, *(name if spte & mask else "-" for name, mask in noted.items() if mask)]
+    return Moment(
+        actor=actor,
+        action=action,
+        spte=says,
+        spte_rights=" ".join([*words, *["MW"] * bool(fmt.is_mmu_writable_spte(spte))]),
+        tlb=remembers,
+        tlb_rights="" if entry is None else str(entry)[:3] + " D" * (entry.dirty and fmt.kvm_ad_enabled),
+        stale=is_stale(says, remembers),
+        flushed=flushed,
+        kvm=kvm,
+        answered="" if outcome is None else ANSWERED.get(outcome, "KVM"),
+    )
+
+
 class _Told:
     """A run while it happens. Each method lets somebody do something, and notes how one page looks after it."""
 
@@ -101,28 +124,10 @@ class _Told:
 
     def then(self, actor: str, action: str, kvm: str, outcome: Outcome | None = None) -> None:
         """Note a moment. ``outcome``: how the access went that it is about."""
-        vm, fmt = self.vm, self.vm.fmt
+        flushed = self.vm.counters.flushes > self.flushes
         gfn = BASE_GFN + self.followed
-        spte, entry = vm.spte(gfn), vm.vcpu[0].tlb.lookup("L1", gfn)
-        says, remembers = spte_state(fmt, spte), tlb_state(entry)
-        rights = "".join(c if on else "-" for c, on in zip("RWX", fmt.hardware_rights(spte), strict=True))
-        noted = {"A": fmt.spte_shadow_accessed_mask(spte), "D": fmt.spte_shadow_dirty_mask(spte)}
-        words = [rights, *(name if spte & mask else "-" for name, mask in noted.items() if mask)]
-        self.moments.append(
-            Moment(
-                actor=actor,
-                action=action,
-                spte=says,
-                spte_rights=" ".join([*words, *["MW"] * bool(fmt.is_mmu_writable_spte(spte))]),
-                tlb=remembers,
-                tlb_rights="" if entry is None else str(entry)[:3] + " D" * (entry.dirty and fmt.kvm_ad_enabled),
-                stale=is_stale(says, remembers),
-                flushed=vm.counters.flushes > self.flushes,
-                kvm=kvm,
-                answered="" if outcome is None else ANSWERED.get(outcome, "KVM"),
-            )
-        )
-        self.flushes = vm.counters.flushes
+        self.moments.append(moment_of(self.vm, gfn, actor, action, kvm, flushed=flushed, outcome=outcome))
+        self.flushes = self.vm.counters.flushes
 
     def reads(self, gfns: range) -> None:
         """vCPU 0 reads all pages."""

@@ -59,27 +59,28 @@ def _moment(moment: Moment, before: Moment | None) -> list[str]:
     ]
 
 
-def _row_names(page: int, row: int) -> str:
+def _row_names(page: int, row: int, below: float) -> str:
     """What the rows of a timeline are. The narrow form has several, each below the other; they come with their moments."""
     said = ("TLB of", TLB_AT + 18), ("vCPU 0", TLB_AT + 36), ("SPTE of", SPTE_AT + 18), (f"page {page}", SPTE_AT + 36)
     parts = [text(LEFT - 12, y, name, size=SIZE, anchor="end", bold=True) for name, y in (*said, ("KVM", KVM_AT))]
-    at = (0, row * BELOW)
+    at = (0, row * below)
     return block([block(parts, at, at, look="narrow" if row else "")], moment=row * A_ROW if row else None)
 
 
-def timeline_parts(scene: Scene, moments: Sequence[Moment]) -> list[str]:
-    """The TLB entry and the SPTE of one page after each moment, side by side; in the narrow form two in a row."""
-    parts = [_row_names(scene.followed, row) for row in range(-(-len(moments) // A_ROW))]
+def timeline_parts(followed: int, moments: Sequence[Moment], below: float = BELOW) -> list[str]:
+    """The TLB entry and the SPTE of page ``followed`` after each moment, side by side; in the narrow form two in a row, the
+    rows ``below`` apart."""
+    parts = [_row_names(followed, row, below) for row in range(-(-len(moments) // A_ROW))]
     for number, (before, moment) in enumerate(pairwise([None, *moments])):
         assert moment is not None
-        at, narrow = number * COLUMN, (number % A_ROW * COLUMN, number // A_ROW * BELOW)
+        at, narrow = number * COLUMN, (number % A_ROW * COLUMN, number // A_ROW * below)
         parts.append(block(_moment(moment, before), (LEFT + at, 0), (LEFT + narrow[0], narrow[1]), number))
     return parts
 
 
-def narrow_size(moments: Sequence[Moment]) -> tuple[float, float]:
+def narrow_size(moments: Sequence[Moment], below: float = BELOW) -> tuple[float, float]:
     """The size of a timeline's narrow form."""
-    return LEFT + A_ROW * COLUMN + 6, -(-len(moments) // A_ROW) * BELOW
+    return LEFT + A_ROW * COLUMN + 6, -(-len(moments) // A_ROW) * below
 
 
 def sentences(moments: Sequence[Moment]) -> list[str]:
@@ -104,7 +105,7 @@ def timeline_picture(scene: Scene) -> Picture:
     told = sentences(moments)
     alt = f"Page {scene.followed}, {scene.pages[scene.followed]}. {' '.join(told)}"
     width = LEFT + len(moments) * COLUMN + 8
-    return Picture(svg(width, BELOW, alt, timeline_parts(scene, moments), narrow_size(moments)), alt, told)
+    return Picture(svg(width, BELOW, alt, timeline_parts(scene.followed, moments), narrow_size(moments)), alt, told)
 
 
 def pages_parts(fates: Sequence[str], left: float, top: float, per_row: int = 8) -> list[str]:
@@ -140,7 +141,7 @@ def scene_picture(scene: Scene, counts: Mapping[str, int], chosen: str) -> Pictu
     bars = [text(4, 16, "missed writes, by flush rule", size=SIZE, anchor="start", bold=True)]
     bars += bars_parts(counts, chosen, pages, 140, 28)
     narrow, deep = narrow_size(scene.moments)
-    parts = timeline_parts(scene, scene.moments)
+    parts = timeline_parts(scene.followed, scene.moments)
     parts.append(block(fates, (LEFT, BELOW + 12), (0, deep + 12), last))
     parts.append(block(bars, (LEFT + 2.5 * COLUMN, BELOW + 12), (0, deep + 150), last))
     told = sentences(scene.moments)
