@@ -187,14 +187,20 @@ class PageFault(GuestAccess):
             return "spurious"
         if not fmt.kvm_ad_enabled and fmt.is_access_track_spte(old):
             self.new_spte = fmt.restore_acc_track_spte(old)
-        if self.kind == "write" and fmt.is_mmu_writable_spte(old):
+        asks = m.kernel.fast_path_asks_mmu_writable
+        if self.kind == "write" and (fmt.is_mmu_writable_spte(old) or not asks):
             if found.level > PG_LEVEL_4K and self.slot is not None and self.slot.logs_dirty:
                 return "huge page in a slot that logs: slow path"
             self.new_spte |= PT_WRITABLE_MASK
         if self.new_spte == old or not self._allowed(m, self.new_spte):
             return "cannot be repaired without the lock: slow path"
         self.todo = ["fast_pf_fix_direct_spte"]
+        if m.kernel.fast_path_marks_first and self._gives_w_back(m):
+            self.todo.insert(0, "mark_page_dirty_in_slot")
         return "can be repaired"
+
+    def _gives_w_back(self, m: Machine) -> bool:
+        return m.fmt.is_writable_pte(self.new_spte) and not m.fmt.is_writable_pte(self.old_spte)
 
     @step()
     def fast_pf_fix_direct_spte(self, m: Machine) -> str:
@@ -205,16 +211,18 @@ class PageFault(GuestAccess):
             self.todo = ["fast_page_fault"] if self.retries <= m.fast_retries else ["kvm_faultin_pfn"]
             return "the SPTE changed meanwhile: again"
         m.page_tables.write(self.sptep, self.new_spte)
-        if m.fmt.is_writable_pte(self.new_spte) and not m.fmt.is_writable_pte(self.old_spte):
+        gives_w_back = self._gives_w_back(m)
+        if gives_w_back and not m.kernel.fast_path_marks_first:
             self.todo = ["mark_page_dirty_in_slot"]
-            return "writable"
-        self._over(m, Outcome.FAST_FAULT)
-        return "readable"
+        else:
+            self._over(m, Outcome.FAST_FAULT)
+        return "writable" if gives_w_back else "readable"
 
     @step()
     def mark_page_dirty_in_slot(self, m: Machine) -> str:
         m.mark_page_dirty_in_slot(self.slot, self.gfn, m.vcpus[self.vcpu])
-        self._over(m, Outcome.FAST_FAULT)
+        if not self.todo:
+            self._over(m, Outcome.FAST_FAULT)
         return "dirty" if self.slot is not None and self.slot.logs_dirty else "the slot does not log"
 
     def _allowed(self, m: Machine, spte: int) -> bool:

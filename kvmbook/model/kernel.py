@@ -73,8 +73,12 @@ class Kernel:
     ``marks_without_vcpu``: KVM can mark a page dirty on no vCPU's behalf (v6.2, c57351a75d01); before, the mark is dropped.
     ``neighbour_prefetch``: a fault in the legacy MMU also maps up to seven neighbours (every release; off here, so that
     the pages of a run have nothing to do with each other; on, to compare with a real machine).
+    ``fast_path_marks_first``: a fast page fault marks the page before it makes the SPTE writable, and not after (no
+    release; switch it on to see why).
     ``srcu_grace_period``: publishing a memslot waits for faults that began before (every release; switch it off to
     see why).
+    ``fast_path_asks_mmu_writable``: the fast path gives W back only where MMU-writable allows it (every release; likewise).
+    ``guard_flushes_before_unlock``: guarding a guest's page table holds mmu_lock until its flush (every release; likewise).
     """
 
     name: str
@@ -88,7 +92,10 @@ class Kernel:
     pml_drains_oldest_first: bool = False
     marks_without_vcpu: bool = False
     neighbour_prefetch: bool = False
+    fast_path_marks_first: bool = False
     srcu_grace_period: bool = True
+    fast_path_asks_mmu_writable: bool = True
+    guard_flushes_before_unlock: bool = True
 
     v5_19: ClassVar[Kernel]
     v6_0: ClassVar[Kernel]

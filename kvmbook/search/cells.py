@@ -268,7 +268,7 @@ class Cells:
         made.todo, made.lock, made.started = list(fault.todo), fault.lock, True
         made.generation, made.retries = fault.generation, fault.retries
         made.old_spte, made.new_spte = _moved(fault.old_spte, page), _moved(fault.new_spte, page)
-        if fault.todo[0] in ("fast_pf_fix_direct_spte", "set_spte"):
+        if not {"fast_pf_fix_direct_spte", "set_spte"}.isdisjoint(fault.todo):
             made.sptep = self._sptep[page]
         made.slot = slot if fault.current else _before(slot)
         if fault.todo[0] == "make_spte":

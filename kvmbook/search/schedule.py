@@ -184,13 +184,13 @@ def _by_name(operation: Operation) -> str:
 
 def _forget_what_the_fault_saw(fault: PageFault) -> None:
     """Each step of a fault uses only some of what was learned before."""
-    following = fault.todo[0]
+    following = set(fault.todo)
     fault.present = False
-    if following not in ("fast_page_fault", "fast_pf_fix_direct_spte"):
+    if not following & {"fast_page_fault", "fast_pf_fix_direct_spte"}:
         fault.retries = 0
-    if following not in ("fast_pf_fix_direct_spte", "set_spte"):
+    if not following & {"fast_pf_fix_direct_spte", "set_spte"}:
         fault.sptep, fault.old_spte, fault.new_spte = None, 0, 0
-    if following != "make_spte":
+    if fault.todo[0] != "make_spte":
         fault.page = None
 
 

@@ -88,6 +88,20 @@ def test_a_fast_fault_gives_up_after_four_retries():
     assert fast.todo == ["kvm_faultin_pfn"]
 
 
+@pytest.mark.parametrize(("marks_first", "lost"), [(False, []), (True, [BASE])])
+def test_a_mark_before_the_exchange_would_lose_a_write_to_a_harvest_in_between(marks_first, lost):
+    vm = make_vm(kernel=Kernel.v6_0.with_(fast_path_marks_first=marks_first))
+    vm.vcpu[0].read(BASE)
+    log(vm)
+    second = "fast_pf_fix_direct_spte" if marks_first else "mark_page_dirty_in_slot"
+    fast = until(vm, fault(vm, 0, "write"), second)
+    assert reported(vm) == lost  # the mark is taken, or is not there yet
+    vm.run(fast)
+    assert vm.vcpu[0].write(BASE) is Outcome.WALK
+    assert missed(vm) == lost
+    assert reported(vm) == ([] if lost else [BASE])
+
+
 def test_a_fast_fault_cannot_undo_the_guard_of_a_guest_page_table():
     vm = make_vm()
     vm.vcpu[0].read(BASE)

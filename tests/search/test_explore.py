@@ -80,6 +80,15 @@ def test_two_of_both_equal_the_plain_search(name):
     compare(name, "IF_CHANGED", 2, 2, Grain.ACCESS, without=(*LITTLE, "reads"))
 
 
+def test_a_mark_before_the_exchange_loses_a_write_and_only_a_cut_by_step_shows_it():
+    marks_first = Kernel.v6_0.with_(fast_path_marks_first=True)
+    plain = plain_search(smallest_vm(HARDWARE["ept_no_ad"], marks_first))
+    fast = explore(HARDWARE["ept_no_ad"], marks_first)
+    assert found(fast) == found(plain) == (1103, 4741, 34, 24)
+    assert fast.replay().missed_dirty(0).tolist() == [0x200]
+    assert explore(HARDWARE["ept_no_ad"], marks_first, grain=Grain.FAULT).safe
+
+
 def number(space, search, vm):
     """The number of the state that a VM is in."""
     pairs, steps = space.pairs, space.pairs.steps
