@@ -11,12 +11,10 @@ from kvmbook.model import (
     PT_WRITABLE_MASK,
     READ_MASK,
     SHADOW_ACC_TRACK_SAVED_MASK,
-    SPTE_TDP_AD_DISABLED_MASK,
     SPTE_TDP_AD_MASK,
     SPTE_TDP_AD_WRPROT_ONLY_MASK,
     Hardware,
     Kernel,
-    Outcome,
     SpteFormat,
 )
 from kvmbook.scenes import BASE_GFN, FREE, KVM_READS, LEAVES, PFN, after_read, broken_rule, fields, spte_state
@@ -25,22 +23,8 @@ from kvmbook.views import parse
 # ---- quiz ------------------------------------------------------------------------------------------------------------
 
 
-@question("no: W=0 forbids it", "yes, but only after a fault", "yes, at once: a TLB entry may be left")
-def quiz_03_1() -> Answer:
-    """A CPU has no A/D bits. vCPU 0 reads a page, the host ages it with clear_young(), and the SPTE's W is 0 now. Can vCPU 0
-    write to the page?"""
-    vm = aged(Hardware.ept(ad_bits=False), Kernel.v5_19, pages=1)
-    assert not vm.fmt.is_writable_pte(vm.spte(BASE_GFN))
-    at_once = vm.vcpu[0].write(BASE_GFN) is Outcome.HIT
-    because = (
-        "The TLB of vCPU 0 still holds the old rights, and a TLB hit does not look at W. The bit that warns you is "
-        "MMU-writable (MW): it is 1."
-    )
-    return Answer("yes, at once: a TLB entry may be left" if at_once else "yes, but only after a fault", because)
-
-
 @question("by D: spte_ad_enabled() says yes", "by W", "by D and W")
-def quiz_03_2() -> Answer:
+def quiz_03_1() -> Answer:
     """A leaf has type 2. By which of its bits does dirty logging notice a write to the page?"""
     fmt = SpteFormat.ept()
     fresh = fmt.make_spte(PFN, ad_type=SPTE_TDP_AD_WRPROT_ONLY_MASK).spte
@@ -54,22 +38,8 @@ def quiz_03_2() -> Answer:
     return Answer(option, because)
 
 
-@question("no: W is 0, so there is nothing to take away", "yes: MW is 1, so a TLB may still let the guest write")
-def quiz_03_3() -> Answer:
-    """On a CPU without A/D bits an SPTE is access-tracked: R = W = X = 0. Now KVM protects its page for shadow paging. Does
-    spte_write_protect() ask for a flush?"""
-    fmt = SpteFormat.ept(ad_bits=False)
-    spte = fmt.mmu_spte_age(fmt.make_spte(PFN, ad_type=SPTE_TDP_AD_DISABLED_MASK).spte).spte
-    flush = fmt.spte_write_protect(spte, pt_protect=True).flush
-    yes, no = "yes: MW is 1, so a TLB may still let the guest write", "no: W is 0, so there is nothing to take away"
-    because = (
-        "For shadow paging spte_write_protect() looks at MW, not at W. MW goes from 1 to 0, and that needs a flush."
-    )
-    return Answer(yes if flush else no, because)
-
-
 @question("R, W and X", "R and X", "only R")
-def quiz_03_4() -> Answer:
+def quiz_03_2() -> Answer:
     """A page was readable, writable and executable. It is aged on a CPU without A/D bits; then another vCPU reads it. Which
     rights does the SPTE have now?"""
     vm = aged(Hardware.ept(ad_bits=False), Kernel.v5_19, pages=1)
@@ -83,7 +53,7 @@ def quiz_03_4() -> Answer:
 
 
 @question("the same: a fresh, writable SPTE", "a read-only SPTE", "a word that KVM never makes")
-def quiz_03_5() -> Answer:
+def quiz_03_3() -> Answer:
     """0000000004567e67 is the SPTE of a fresh, writable page on an AMD host. What is the same word
     to KVM on an Intel host with A/D bits?"""
     fresh = SpteFormat.npt().make_spte(PFN).spte
