@@ -19,13 +19,20 @@ WINGS = {
         "invariants",
     ],
     "search": ["schedule", "cells", "tables", "space", "explore", "products", "anynumber", "flush_rules"],
-    "scenes": ["enabling", "ageing", "faulting", "slots", "writes", "words", "decoding", "reasons", "runs"],
+    "scenes": [
+        "enabling", "ageing", "faulting", "slots", "writes", "words", "decoding", "remembering", "reasons",
+        "runs",
+    ],
     "views": [
         "scripts", "results", "drawing", "figures", "word_figures", "run_figures", "widget", "panel", "enabling_panels",
-        "ageing_panel", "slot_panels", "faulting_panel", "writes_panel", "reasons_panel", "rules_panel", "inspector",
+        "ageing_panel", "slot_panels", "remembering_panel", "faulting_panel", "writes_panel", "reasons_panel",
+        "rules_panel", "inspector",
         "scheduler", "quiz", "guess", "book_map",
     ],
-    "exercises": ["mechanism", "vms", "ch01", "ch02", "ch03", "ch05", "ch06", "ch07", "ch08", "ch09", "ch10", "ch11"],
+    "exercises": [
+        "mechanism", "vms", "ch01", "ch02", "ch03", "ch04", "ch05", "ch06", "ch07", "ch08", "ch09", "ch10",
+        "ch11",
+    ],
 }  # fmt: skip
 PACKAGE = ROOT / "kvmbook"
 

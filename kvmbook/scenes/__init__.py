@@ -1,6 +1,6 @@
 """The runs that chapters tell, and words for what they show: pure functions from a few settings to results.
 
-`enabling` is the story of chapters 01 and 08, `slots` of chapter 02, `words` and `decoding` of chapter 03,
+`enabling` is the story of chapters 01 and 08, `slots` of chapter 02, `words` and `decoding` of chapter 03, `remembering` of chapter 04,
 `writes` of chapter 05; `runs` retells any run moment by moment. For notebooks, for views, which draw the results, and for
 exercises, which ask about them.
 """
@@ -78,10 +78,12 @@ from kvmbook.scenes.remembering import (
     REMEMBERING,
     Recall,
     Remembered,
+    enable_up_to_the_flush,
     escapes,
     pairs_met,
     reach,
     read_below,
+    who_answers,
     who_remembers,
 )
 from kvmbook.scenes.runs import Graph, Now, Run, RunMoment, graph_of, label, now_of, retell, run_of, what_of
@@ -146,4 +148,5 @@ from kvmbook.scenes.writes import (
     ring_order,
     set_logging,
     touch_all,
+    with_and_without_split,
 )

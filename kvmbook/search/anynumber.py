@@ -76,6 +76,10 @@ class AnyNumber:
         numbers = (k for k in range(self.found[node].bit_length()) if self.found[node] >> k & 1)
         return {frozenset(view for n, view in enumerate(self.kinds) if k >> n & 1) for k in numbers}
 
+    def kinds_at(self, node: Node) -> list[View]:
+        """Each kind that may be there, whatever else is."""
+        return [kind for kind, having in zip(self.kinds, self._having, strict=True) if self.found[node] & having]
+
     def lost(self, control: Control, word: Word) -> bool:
         """Whether in one of the states a write is lost: the page was written, and no view that is there knows."""
         sets = self.found[control, word] if word.written else 0
