@@ -6,7 +6,7 @@ CPU can write, and so clears MMU-writable too. (*Enabling* dirty logging passes 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar
 
@@ -70,12 +70,18 @@ class TrackGuestPageTable(GuestAccess):
     Source: mmu/page_track.c: kvm_slot_page_track_add_page(), mmu/mmu.c: account_shadowed(), v5.19."""
 
     actor: ClassVar[str] = "KVM"
+    flushes_late: bool = field(default=False, init=False)
 
     def begin(self, m: Machine) -> None:
         super().begin(m)
         if self.slot is None:
             raise ValueError(f"gfn {self.gfn:#x} is in no slot")
+        self.flushes_late = not m.kernel.guard_flushes_before_unlock
         self.todo = ["kvm_mmu_slot_gfn_write_protect"]
+
+    def wants_lock(self, name: str) -> str | None:
+        late = self.flushes_late and name == "kvm_flush_remote_tlbs"
+        return None if late else super().wants_lock(name)
 
     @step(lock="write", keeps=True)
     def kvm_mmu_slot_gfn_write_protect(self, m: Machine) -> str:
