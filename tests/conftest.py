@@ -1,10 +1,12 @@
-"""What the tests share: the hardware kinds, short ways to build a VM and to run the seed's scene, and a browser."""
+"""What the tests share: the hardware kinds, short ways to build a VM and to run the seed's scene, pages, and a browser."""
 
+import fcntl
 import os
 
 import pytest
 
 from kvmbook import Hardware, Kernel, Vm
+from tools import book
 from tools.browser import launch_options
 from tools.debian import Missing
 
@@ -79,6 +81,18 @@ def browser_type_launch_args():
         if IN_CI:
             raise
         pytest.skip(str(missing))
+
+
+@pytest.fixture(scope="session")
+def pages(tmp_path_factory, request):
+    """The folder of the pages, built from the outputs that are stored in the notebooks; warnings are errors. They are built
+    once, and nobody may change them: pytest-xdist's workers, whose folders lie beside each other, share them."""
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if hasattr(request.config, "workerinput") else own
+    built = shared / "pages/_build/html"
+    with (shared / "pages.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed
+        return built if built.exists() else book.build(shared / "pages", stored=True)
 
 
 class Visit:

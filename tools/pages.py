@@ -26,8 +26,8 @@ LONG = 12  # letters; a name with no more is never broken
 FUNCTION_MAP, GLOSSARY = "book/function-map", "book/glossary"
 
 
-def finish(pages: pathlib.Path, files: list[str], binder: str | None = None) -> None:
-    """Finish the built pages ``files`` (without suffix). ``binder``: OWNER/REPO[@ref] of the book, or nothing."""
+def finish(pages: pathlib.Path, files: list[str]) -> None:
+    """Finish the built pages ``files`` (without suffix)."""
     for file in files:
         path = pages / f"{file}.html"
         before, article, after = re.split(r"(<article\b.*</article>)", path.read_text(), flags=re.S)
@@ -36,8 +36,6 @@ def finish(pages: pathlib.Path, files: list[str], binder: str | None = None) -> 
             explain_words(soup)
         if is_chapter(file):
             colour_states(soup)
-            if binder:
-                offer_binder(soup, binder, file)
         if file == FUNCTION_MAP:
             name_rows(soup)
             fold(soup)
@@ -133,12 +131,15 @@ def name_outputs(soup: BeautifulSoup) -> None:
         printed.attrs |= {"tabindex": "0", "role": "group", "aria-label": "printed output"}
 
 
-def offer_binder(soup: BeautifulSoup, repository: str, file: str) -> None:
-    """A link below the chapter's title that opens it on Binder. A plain link: nothing is loaded."""
-    title = soup.find("h1")
-    assert isinstance(title, Tag), file
-    link = f'<a href="{escape(binder_address(repository, file))}">Run this chapter on Binder</a>'
-    title.insert_after(parsed(f'<p class="kvmbook-binder">{link}</p>'))
+def link_to_binder(pages: pathlib.Path, files: list[str], repository: str) -> None:
+    """Give each chapter, below its title, a link that opens it on Binder: from OWNER/REPO[@ref]. A plain link: nothing is
+    loaded."""
+    for file in filter(is_chapter, files):
+        before, title, after = re.split(
+            r"(<article\b.*?</h1>)", (pages / f"{file}.html").read_text(), maxsplit=1, flags=re.S
+        )
+        link = f'<a href="{escape(binder_address(repository, file))}">Run this chapter on Binder</a>'
+        (pages / f"{file}.html").write_text(f'{before}{title}<p class="kvmbook-binder">{link}</p>{after}')
 
 
 def binder_address(repository: str, file: str) -> str:

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import shutil
 
 import nbformat
 import pytest
@@ -18,10 +19,9 @@ PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobil
 SHOWN = ".kvmbook-meaning:not([hidden])"
 
 
-@pytest.fixture(scope="module")
-def built():
-    """The pages, with links to Binder."""
-    return book.build(ROOT / "build/test-pages", stored=True, binder="owner/repo@v1/x")
+@pytest.fixture
+def built(pages):  # another thing than the tool that finishes them
+    return pages
 
 
 @pytest.fixture
@@ -352,24 +352,19 @@ def test_without_scripts_the_still_picture_is_shown_and_with_them_it_is_not(visi
 # ---- Binder ----------------------------------------------------------------------------------------------------------
 
 
-def test_each_chapter_can_be_run_on_binder_by_a_plain_link(built):
+def test_each_chapter_can_be_run_on_binder_by_a_plain_link_and_no_other_page(built, tmp_path):
     for file in book.contents(ROOT):
-        links = article(built, file).find_all("a", href=re.compile("mybinder"))
+        assert not article(built, file).find_all("a", href=re.compile("mybinder")), "it was not asked for"
+    there = shutil.copytree(built, tmp_path / "pages")
+    pages.link_to_binder(there, book.contents(ROOT), "owner/repo@v1/x")
+    for file in book.contents(ROOT):
+        links = article(there, file).find_all("a", href=re.compile("mybinder"))
         assert len(links) == pages.is_chapter(file)
         if links:
             address = f"https://mybinder.org/v2/gh/owner/repo/v1%2Fx?urlpath=lab/tree/{file}.ipynb"
             assert links[0]["href"] == address and links[0].get_text() == "Run this chapter on Binder"
             assert links[0].parent.find_previous_sibling().name == "h1"
-
-
-def test_binder_is_not_named_unless_it_is_asked_for(tmp_path):
-    page = tmp_path / f"{FIRST}.html"
-    page.parent.mkdir()
-    page.write_text('<html><article class="bd-article"><h1>One</h1></article></html>')
-    pages.finish(tmp_path, [FIRST])
-    assert "binder" not in page.read_text()
-    pages.finish(tmp_path, [FIRST], "a/b")
-    assert "https://mybinder.org/v2/gh/a/b/HEAD?urlpath=lab/tree/" in page.read_text()
+    assert pages.binder_address("a/b", FIRST) == f"https://mybinder.org/v2/gh/a/b/HEAD?urlpath=lab/tree/{FIRST}.ipynb"
 
 
 def test_a_repository_of_another_form_is_refused():

@@ -1,7 +1,9 @@
 """The printed book: solutions after the chapters, a function map of a few pages, no link that leads nowhere."""
 
 import copy
+import os
 import re
+import shutil
 
 import pytest
 from bs4 import BeautifulSoup
@@ -12,8 +14,9 @@ CHAPTERS = [pdf.name_of(file) for file in book.contents(book.ROOT) if re.match(r
 
 
 @pytest.fixture(scope="module")
-def pages():
-    return book.build(book.ROOT / "build/test-pdf", stored=True)
+def pages(pages, tmp_path_factory):
+    """The pages, beside which the one page may be written."""
+    return shutil.copytree(pages, tmp_path_factory.mktemp("pdf") / "pages", copy_function=os.link)
 
 
 @pytest.fixture(scope="module")

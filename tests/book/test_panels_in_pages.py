@@ -1,102 +1,24 @@
-"""The built pages: nothing is asked of another host, every panel works without a kernel and says what the model says."""
+"""The panels of the built pages: each carries what the live one does, works without a kernel, says what the model says."""
 
 import html
-import http.server
 import json
 import random
 import re
-import shutil
-import threading
 import xml.etree.ElementTree as ET
 
 import nbformat
 import pytest
-from bs4 import BeautifulSoup
+from built_pages import CHAPTERS, open_page, runs_in, widgets_in
 from live_panels import by_title, guess_the_most, guesses, quizzes
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from kvmbook.views import Picture, SpteInspector, step_through
-from tools import book, checks, store_outputs, vendor
-from tools.browser import open_drawn
-
-ROOT = book.ROOT
-STATE = re.compile(r'<script type="application/vnd.jupyter.widget-state\+json">(.*?)</script>', re.S)
-# The theme's own: its search button has no name, and its side bar lies in no landmark.
-THEME_FINDINGS = {"button-name": "search-button", "region": "sidebar-primary-item"}
-
-
-@pytest.fixture(scope="module")
-def pages():
-    """The pages, built from the outputs that are stored in the notebooks; warnings are errors."""
-    return book.build(ROOT / "build/test-book", stored=True)
-
-
-@pytest.fixture(scope="module")
-def served(pages):
-    """The address of a web server for the pages."""
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
-
-    with http.server.ThreadingHTTPServer(
-        ("127.0.0.1", 0), lambda *arguments: Quiet(*arguments, directory=str(pages))
-    ) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/"
-        server.shutdown()
-
-
-FILES = book.contents(ROOT)
-CHAPTERS = [file for file in FILES if file.startswith("notebooks/")]
-
-
-def widgets_in(pages, file):
-    """The states of a page's widgets, as the page carries them."""
-    found = STATE.search((pages / f"{file}.html").read_text())
-    return [model["state"] for model in json.loads(found[1])["state"].values()] if found else []
-
-
-def open_page(visit, home, file, **options):
-    """A page with all its widgets drawn."""
-    seen = visit(home, **options)
-    open_drawn(seen.page, f"{home}{file}.html")
-    return seen
-
-
-# ---- what is published -----------------------------------------------------------------------------------------------
-
-
-def test_the_front_page_promises_shows_and_has_three_doors(pages):
-    front = (pages / "notebooks/index.html").read_text()
-    (promise,) = re.findall(r"<p><strong>(.*?)</strong></p>", front, re.S)
-    assert promise.count(".") == 1 and "widget-view+json" in front
-    assert "CC BY 4.0" in front
-    doors = re.search(r'<section id="three-doors">.*?</section>\s*</section>', front, re.S)[0]
-    assert re.findall(r'<section id="([^"]+)">', doors)[1:] == ["learn-alone", "teach", "run-it-in-ci"]
-    assert "notebooks/index.html" in (pages / "index.html").read_text()
-
-
-def test_the_pages_are_small(pages):
-    size = sum(path.stat().st_size for path in pages.rglob("*") if path.is_file())
-    assert size < 25e6, f"{size / 1e6:.1f} MB"
-
-
-def test_no_page_names_a_script_or_style_of_another_host(pages):
-    for path in pages.rglob("*.html"):
-        for address in re.findall(r'<(?:script|link|img|iframe)[^>]*(?:src|href)="([^"]+)"', path.read_text()):
-            assert not address.startswith(("http:", "https:", "//")), (path.name, address)
-
+from tools import checks
+from tools.book import ROOT
 
 # ---- frozen and live -------------------------------------------------------------------------------------------------
 
 
 ONE_MOMENT = Picture("<svg><title>nothing</title></svg>", "nothing", ["Nothing."])
-
-
-def runs_in(pages, file):
-    """The panels of a page that have no settings, and are stepped through."""
-    return [state for state in widgets_in(pages, file) if state.get("settings") == []]
 
 
 def same_view(state, live):
@@ -161,6 +83,8 @@ def test_what_stands_beside_a_widget_is_its_first_state(file):
             assert "".join(first["readout"].split()) in re.sub(r"\s", "", html.unescape(re.sub("<.*?>", "", still)))
 
 
+# ---- played with -------------------------------------------------------------------------------------------------------
+
 CLICK_THEM_ALL = """panel => {
   const settings = [...panel.querySelectorAll('.kvmbook-controls fieldset')].map(f => [...f.querySelectorAll('input')]);
   const said = {};
@@ -215,7 +139,7 @@ def test_every_combination_is_clicked_in_the_page_and_says_what_the_model_says(v
             assert all(moment[2:] == [True, True, True] for moment in moments)
             clicked += 1
     assert next(runs, None) is None
-    assert clicked or "10-" in file or "03-" in file
+    assert clicked or seen.page.locator(".kvmbook-scheduler, .kvmbook-inspector").count()
     for quiz in seen.page.locator(".kvmbook-quiz").all():
         assert quiz.locator(".kvmbook-readout").inner_text() == ""
         quiz.locator("input").first.click()
@@ -346,12 +270,10 @@ def test_the_text_unlocks_controls_and_a_reader_may_skip_it(visit, pages):
     seen.clean()
 
 
-@pytest.mark.parametrize("file", ["01-a-write-that-nobody-saw", "08-enabling-dirty-logging", "10-every-interleaving"])
+@pytest.mark.parametrize("file", CHAPTERS, ids=lambda file: file.split("/")[1])
 def test_on_a_phone_pictures_of_panels_are_stacked_and_not_scrolled(visit, pages, file):
-    seen = open_page(visit, f"{pages.as_uri()}/", f"notebooks/{file}", viewport={"width": 390, "height": 844})
-    figures = seen.page.locator(".kvmbook-figure")
-    assert figures.count()
-    for figure in figures.all():
+    seen = open_page(visit, f"{pages.as_uri()}/", file, viewport={"width": 390, "height": 844})
+    for figure in seen.page.locator(".kvmbook-figure").all():
         inside, outside, letters = figure.evaluate(
             """figure => [figure.scrollWidth, figure.clientWidth,
             [...figure.querySelectorAll("text")].filter((text) => text.getClientRects().length).map((text) =>
@@ -409,194 +331,3 @@ def test_the_keyboard_alone_drives_a_panel(visit, pages):
     for sentence in reversed(first["moments"]):
         page.keyboard.press("ArrowLeft")
         assert readout.inner_text() == sentence
-
-
-# ---- every page ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("home", ["http", "file"])
-def test_no_page_asks_another_host(visit, pages, served, home):
-    home = served if home == "http" else f"{pages.as_uri()}/"
-    seen = visit(home)
-    for file in [*FILES, "genindex", "search"]:
-        seen.page.goto(f"{home}{file}.html", wait_until="networkidle")
-    seen.clean()
-
-
-@pytest.mark.parametrize("home", ["http", "file"])
-def test_search_finds_a_word_of_a_chapter(visit, pages, served, home):
-    home = served if home == "http" else f"{pages.as_uri()}/"
-    seen = visit(home)
-    seen.page.goto(f"{home}search.html?q=access-tracked")
-    seen.page.wait_for_selector("#search-results li a")
-    assert "A write that nobody saw" in seen.page.locator("#search-results").inner_text()
-    seen.clean()
-
-
-@pytest.mark.parametrize("kind", ["question", "panel"])
-def test_search_finds_a_word_that_only_a_widget_says_and_it_is_not_shown_twice(visit, pages, kind):
-    file, word = next(said_only_by(pages, kind))
-    seen = visit(f"{pages.as_uri()}/")
-    page = seen.page
-    page.goto(f"{pages.as_uri()}/search.html?q={word}")
-    page.wait_for_selector("#search-results li a")
-    page.locator(f"#search-results a[href*='{file}']").first.click()
-    page.wait_for_url(f"**/{file}.html*")
-    hidden = page.locator(".kvmbook-words")
-    assert hidden.count() == page.locator(WIDGET_VIEWS).count()
-    assert hidden.evaluate_all("all => all.map((words) => words.parentElement.getBoundingClientRect().height)") == [
-        0 for _ in range(hidden.count())
-    ]
-    seen.clean()
-
-
-WIDGET_VIEWS = f'script[type="{checks.WIDGET_VIEW}"]'
-
-
-def said_only_by(pages, kind):
-    """(page, word): words of questions, or of panels, that begin like nothing in the text of their page."""
-    for file in CHAPTERS:
-        article = BeautifulSoup((pages / f"{file}.html").read_text(), "html.parser").article
-        for hidden in article.select(".kvmbook-words, .kvmbook-meaning, noscript"):
-            hidden.decompose()
-        for state in widgets_in(pages, file):
-            if "_esm" in state and ("because" in state) == (kind == "question"):
-                words = re.findall(r"\b[a-z]{5,}\b", " ".join(book.words_of(state)).lower())
-                yield from ((file, word) for word in words if word[:5] not in article.get_text().lower())
-
-
-def test_axe_finds_nothing_but_the_themes_own(visit, pages):
-    vendor.fetch(ROOT / "build/vendor")
-    axe = (ROOT / "build/vendor/axe-core/axe.min.js").read_text()
-    for file in FILES:
-        seen = open_page(visit, f"{pages.as_uri()}/", file, color_scheme="light")
-        seen.page.evaluate(axe)
-        run, found = "how => axe.run({ exclude: [['svg *']] }, how).then(done => done.violations)", []
-        for scheme, rules in (("light", {}), ("dark", {"runOnly": ["color-contrast"]})):  # only the colours are others
-            seen.page.emulate_media(color_scheme=scheme)
-            seen.page.evaluate("scheme => { document.documentElement.dataset.theme = scheme; }", scheme)
-            found += seen.page.evaluate(run, rules)
-        ours = [
-            (violation["id"], node["html"][:200])
-            for violation in found
-            for node in violation["nodes"]
-            if THEME_FINDINGS.get(violation["id"], "nothing") not in node["html"]
-        ]
-        assert not ours, (file, ours)
-        seen.context.close()
-
-
-# ---- what stops the build --------------------------------------------------------------------------------------------
-
-
-def small_book(tmp_path, *cells):
-    """A book of one chapter."""
-    shutil.copytree(ROOT / "book/static", tmp_path / "book/static")
-    (tmp_path / "notebooks").mkdir()
-    (tmp_path / "_config.yml").write_text((ROOT / "_config.yml").read_text())
-    (tmp_path / "_toc.yml").write_text("format: jb-book\nroot: notebooks/01-small\n")
-    notebook = new_notebook(cells=[new_markdown_cell("# Small", id="small-1"), *cells])
-    nbformat.write(notebook, tmp_path / "notebooks/01-small.ipynb")
-    return tmp_path
-
-
-def refused(tmp_path, *cells, stored=True):
-    """What the build of a book with these cells says, the second time as the first; it leaves no pages."""
-    root = small_book(tmp_path, *cells)
-    said = []
-    for _ in range(2):
-        with pytest.raises(SystemExit) as stopped:
-            book.build(tmp_path / "out", stored, root)
-        said.append(str(stopped.value))
-        assert not (tmp_path / "out/_build/html").exists()
-    assert said[0] == said[1] or not stored
-    return said[0]
-
-
-@pytest.mark.parametrize(
-    ("source", "reason"),
-    [("1 / 0", "ZeroDivisionError"), ("while True: pass", "timed out"), ("import os; os._exit(1)", "Kernel died")],
-)
-def test_a_chapter_that_fails_to_run_stops_the_build(tmp_path, monkeypatch, source, reason):
-    monkeypatch.setattr(store_outputs, "TIMEOUT", 2)
-    small_book(tmp_path, new_code_cell("1", id="small-2"), new_code_cell(source, id="small-3"))
-    with pytest.raises(SystemExit) as stopped:
-        book.build(tmp_path / "out", False, tmp_path)
-    assert "01-small.ipynb, cell 3 (small-3)" in str(stopped.value) and reason in str(stopped.value)
-
-
-BROKEN = {
-    "See [there](02-nothing.ipynb).": r"cell 2, line 1: .*'02-nothing.ipynb'",
-    "See [here](01-small.ipynb#nowhere).": r"cell 3, line 1: .*nowhere",
-}
-BROKEN_IN_THE_PAGE = {
-    'See <a href="nopage.html">there</a>.': "a dead link: nopage.html",
-    "A note[^gone].": "a reference that leads nowhere: A note",
-    "As [said][before].": "a reference that leads nowhere: As",
-    '<img src="https://example.org/a.png" alt="a picture">': "<img> asks another host: https://example.org/a.png",
-    "![](../book/static/kvmbook.css)": "an image without alt text",
-    '<img src="../book/static/favicon.svg">': "an image without alt text",
-}
-
-
-def test_what_sphinx_finds_stops_the_build(tmp_path):
-    said = refused(tmp_path, *[new_markdown_cell(text) for text in BROKEN])
-    for pattern in BROKEN.values():
-        assert re.search(f"notebooks/01-small.ipynb, {pattern}", said), said
-
-
-def test_what_is_broken_in_the_pages_stops_the_build(tmp_path):
-    said = refused(tmp_path, *[new_markdown_cell(text) for text in BROKEN_IN_THE_PAGE])
-    for number, reason in enumerate(BROKEN_IN_THE_PAGE.values(), 2):
-        assert re.search(rf"notebooks/01-small.ipynb, cell {number} \(\w+\): {re.escape(reason)}", said), (reason, said)
-
-
-def test_a_chapter_must_be_in_the_table_of_contents(tmp_path):
-    (small_book(tmp_path) / "notebooks/02-more.ipynb").write_text("{}")
-    with pytest.raises(SystemExit, match=r"not in both: 02-more.ipynb"):
-        book.build(tmp_path / "out", True, tmp_path)
-
-
-PLOT = new_output("display_data", {"image/png": "iVBORw0KGgo="})
-DRAWING = new_output("display_data", {"image/svg+xml": "<svg></svg>"})
-WARNED = new_output("stream", name="stderr", text="careful")
-WIDGET = new_output("display_data", {checks.WIDGET_VIEW: {"model_id": "1", "version_major": 2, "version_minor": 0}})
-
-
-@pytest.mark.parametrize(
-    ("cell", "said"),
-    [
-        (new_code_cell("", id="small-2", outputs=[WARNED]), "it prints to stderr: careful"),
-        (new_code_cell("", id="small-2", outputs=[PLOT]), "a plot without alt text"),
-        (new_code_cell("", id="small-2", outputs=[DRAWING]), "a picture without a <title>"),
-        (new_code_cell("", id="small-2", outputs=[WIDGET]), "a widget that needs a kernel: its state is not stored"),
-    ],
-)
-def test_a_page_that_would_be_broken_stops_the_build(tmp_path, cell, said):
-    assert f"notebooks/01-small.ipynb: cell 2 (small-2): {said}" in refused(tmp_path, cell)
-
-
-def test_a_panel_that_does_not_carry_its_states_cannot_be_frozen():
-    notebook = new_notebook(cells=[new_code_cell("panel", id="a", outputs=[WIDGET])])
-    settings = [{"name": "n", "options": ["1", "2"]}, {"name": "m", "options": ["3"]}]
-    panel = {"_esm": "...", "title": "Half", "settings": settings, "states": {"1 | 3": {}}}
-    notebook.metadata["widgets"] = {checks.WIDGET_STATE: {"state": {"1": {"state": panel}}}}
-    assert list(checks.problems(notebook)) == [
-        "cell 1 (a): panel 'Half' does not carry 1 of its combinations, such as 2 | 3"
-    ]
-    notebook.metadata["widgets"][checks.WIDGET_STATE]["state"]["1"]["state"] = {"_model_name": "IntSliderModel"}
-    assert list(checks.problems(notebook)) == ["cell 1 (a): a widget that needs a kernel: IntSliderModel"]
-
-
-def test_what_npm_brings_is_checked(tmp_path, monkeypatch):
-    right = json.loads(vendor.LOCK.read_text())["requirejs"]
-    monkeypatch.setattr(vendor, "LOCK", tmp_path / "vendor.json")
-    wrong = {"its checksum is sha512-": {"integrity": "sha512-another"}, "no file no.js": {"files": ["no.js"]}}
-    for reason, change in wrong.items():
-        vendor.LOCK.write_text(json.dumps({"requirejs": {**right, **change}}))
-        with pytest.raises(SystemExit, match=reason):
-            vendor.fetch(tmp_path)
-        assert not (tmp_path / "requirejs/.fetched").exists()
-    monkeypatch.setenv("npm_config_registry", "http://127.0.0.1:9")
-    with pytest.raises(SystemExit, match=r"127.0.0.1:9/requirejs/-/requirejs-2.3.8.tgz cannot be fetched"):
-        vendor.fetch(tmp_path)

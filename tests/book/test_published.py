@@ -1,0 +1,134 @@
+"""The built pages: small, nothing asked of another host, found by their search, accessible."""
+
+import http.server
+import re
+import threading
+
+import pytest
+from bs4 import BeautifulSoup
+from built_pages import CHAPTERS, FILES, open_page, widgets_in
+
+from tools import book, checks, vendor
+
+ROOT = book.ROOT
+# The theme's own: its search button has no name, and its side bar lies in no landmark.
+THEME_FINDINGS = {"button-name": "search-button", "region": "sidebar-primary-item"}
+
+
+@pytest.fixture(scope="module")
+def served(pages):
+    """The address of a web server for the pages."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), lambda *arguments: Quiet(*arguments, directory=str(pages))
+    ) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+# ---- what is published -----------------------------------------------------------------------------------------------
+
+
+def test_the_front_page_promises_shows_and_has_three_doors(pages):
+    front = (pages / "notebooks/index.html").read_text()
+    (promise,) = re.findall(r"<p><strong>(.*?)</strong></p>", front, re.S)
+    assert promise.count(".") == 1 and "widget-view+json" in front
+    assert "CC BY 4.0" in front
+    doors = re.search(r'<section id="three-doors">.*?</section>\s*</section>', front, re.S)[0]
+    assert re.findall(r'<section id="([^"]+)">', doors)[1:] == ["learn-alone", "teach", "run-it-in-ci"]
+    assert "notebooks/index.html" in (pages / "index.html").read_text()
+
+
+def test_the_pages_are_small(pages):
+    size = sum(path.stat().st_size for path in pages.rglob("*") if path.is_file())
+    assert size < 25e6, f"{size / 1e6:.1f} MB"
+    assert not list(pages.rglob("*.map")) and not (pages / "_static/locales").exists()  # no reader asks for these
+
+
+def test_no_page_names_a_script_or_style_of_another_host(pages):
+    for path in pages.rglob("*.html"):
+        for address in re.findall(r'<(?:script|link|img|iframe)[^>]*(?:src|href)="([^"]+)"', path.read_text()):
+            assert not address.startswith(("http:", "https:", "//")), (path.name, address)
+
+
+# ---- every page ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("home", ["http", "file"])
+def test_no_page_asks_another_host(visit, pages, served, home):
+    home = served if home == "http" else f"{pages.as_uri()}/"
+    seen = visit(home)
+    for file in [*FILES, "genindex", "search"]:
+        seen.page.goto(f"{home}{file}.html", wait_until="networkidle")
+    seen.clean()
+
+
+@pytest.mark.parametrize("home", ["http", "file"])
+def test_search_finds_a_word_of_a_chapter(visit, pages, served, home):
+    home = served if home == "http" else f"{pages.as_uri()}/"
+    seen = visit(home)
+    seen.page.goto(f"{home}search.html?q=access-tracked")
+    seen.page.wait_for_selector("#search-results li a")
+    assert "A write that nobody saw" in seen.page.locator("#search-results").inner_text()
+    seen.clean()
+
+
+@pytest.mark.parametrize("kind", ["question", "panel"])
+def test_search_finds_a_word_that_only_a_widget_says_and_it_is_not_shown_twice(visit, pages, kind):
+    file, word = next(said_only_by(pages, kind))
+    seen = visit(f"{pages.as_uri()}/")
+    page = seen.page
+    page.goto(f"{pages.as_uri()}/search.html?q={word}")
+    page.wait_for_selector("#search-results li a")
+    page.locator(f"#search-results a[href*='{file}']").first.click()
+    page.wait_for_url(f"**/{file}.html*")
+    hidden = page.locator(".kvmbook-words")
+    assert hidden.count() == page.locator(WIDGET_VIEWS).count()
+    assert hidden.evaluate_all("all => all.map((words) => words.parentElement.getBoundingClientRect().height)") == [
+        0 for _ in range(hidden.count())
+    ]
+    seen.clean()
+
+
+WIDGET_VIEWS = f'script[type="{checks.WIDGET_VIEW}"]'
+
+
+def said_only_by(pages, kind):
+    """(page, word): words of questions, or of panels, that begin like nothing in the text of their page."""
+    for file in CHAPTERS:
+        article = BeautifulSoup((pages / f"{file}.html").read_text(), "html.parser").article
+        for hidden in article.select(".kvmbook-words, .kvmbook-meaning, noscript"):
+            hidden.decompose()
+        for state in widgets_in(pages, file):
+            if "_esm" in state and ("because" in state) == (kind == "question"):
+                words = re.findall(r"\b[a-z]{5,}\b", " ".join(book.words_of(state)).lower())
+                yield from ((file, word) for word in words if word[:5] not in article.get_text().lower())
+
+
+def test_axe_finds_nothing_but_the_themes_own(visit, pages):
+    vendor.fetch(ROOT / "build/vendor")
+    axe = (ROOT / "build/vendor/axe-core/axe.min.js").read_text()
+    for file in FILES:
+        seen = open_page(visit, f"{pages.as_uri()}/", file, color_scheme="light")
+        seen.page.evaluate(axe)
+        run, found = "how => axe.run({ exclude: [['svg *']] }, how).then(done => done.violations)", []
+        for scheme, rules in (("light", {}), ("dark", {"runOnly": ["color-contrast"]})):  # only the colours are others
+            seen.page.emulate_media(color_scheme=scheme)
+            seen.page.evaluate("scheme => { document.documentElement.dataset.theme = scheme; }", scheme)
+            seen.page.evaluate(
+                "Promise.all(document.getAnimations().map((one) => one.finished))"
+            )  # colours come slowly
+            found += seen.page.evaluate(run, rules)
+        ours = [
+            (violation["id"], node["html"][:200])
+            for violation in found
+            for node in violation["nodes"]
+            if THEME_FINDINGS.get(violation["id"], "nothing") not in node["html"]
+        ]
+        assert not ours, (file, ours)
+        seen.context.close()
