@@ -46,6 +46,7 @@ from kvmbook.model.spte import (
     SPTE_TDP_AD_ENABLED_MASK,
     SPTE_TDP_AD_MASK,
     SPTE_TDP_AD_WRPROT_ONLY_MASK,
+    Changed,
     SpteFormat,
 )
 from kvmbook.model.tlb import TlbEntry

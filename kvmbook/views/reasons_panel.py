@@ -17,7 +17,7 @@ TLB_AT = RIGHTS_AT + RIGHTS + 4
 CELLS = TLB_AT + TLB
 LOCKED = LOOK["read-only"][0]
 LIT = {"HW": LOCKED, "MW": LOCKED, "W": LOOK["writable"][0]}
-LEGEND = "⟳ all TLBs flushed; broken frame: stale"
+LEGEND = "⟳ TLBs flushed; broken frame: stale"
 
 
 def _band(row: Stage, before: Stage | None, high: float) -> list[str]:
