@@ -110,7 +110,7 @@ def _why_exits(way: str, pages: int, times: int, harvests: int, given: Any) -> s
         return "how often does a page lose W, and how often does it get it back?"
     if not pages:
         return "nothing is written there"
-    if pages % PML_PLACES == 0:
+    if given == pages // PML_PLACES * harvests:
         return "a full buffer is no exit yet; which write finds that it is full?"
     if given == exits_of(way, pages, 1, 1):
         return "the guest goes on after the first harvest"
@@ -178,12 +178,12 @@ def check_05_2(run: Callable[[Vm], Any]) -> str:
 # ---- 3: pages of a nested guest --------------------------------------------------------------------------------------
 
 CPUS = {
-    "EPT without A/D bits": Hardware.ept(ad_bits=False),
-    "EPT with A/D bits, without PML": Hardware.ept(),
-    "EPT with A/D bits and PML": PML,
+    "EPT": Hardware.ept(ad_bits=False),
+    "EPT, A/D bits": Hardware.ept(),
+    "EPT, A/D bits, PML": PML,
     "NPT": Hardware.npt(),
 }
-L1S = {"ept": "L1 uses EPT with A/D bits", "ept without A/D": "L1 uses EPT without A/D bits", "npt": "L1 uses NPT"}
+L1S = {"ept": "EPT, A/D bits", "ept without A/D": "EPT", "npt": "NPT"}
 
 
 class Write(NamedTuple):
@@ -196,8 +196,10 @@ class Write(NamedTuple):
     gfn: int
 
     def __str__(self) -> str:
-        who = f"L2 writes its gfn {self.l2_gfn:#x}, which L1 maps to" if self.l2 else "L1 writes"
-        return f"{self.cpu}; {L1S[self.nested]}; {who} L1's gfn {self.gfn:#x}"
+        who = (
+            f"L2 writes its gfn {self.l2_gfn:#x}, L1's {self.gfn:#x}" if self.l2 else f"L1 writes its gfn {self.gfn:#x}"
+        )
+        return f"CPU: {self.cpu}; L1 uses: {L1S[self.nested]}; {who}"
 
 
 def writes_05_3(seed: int = 1) -> list[Write]:
@@ -208,9 +210,9 @@ def writes_05_3(seed: int = 1) -> list[Write]:
         l2_gfn, gfn = draw.sample(range(0x200, 0x1000), 2)
         return Write(cpu, nested, l2, l2_gfn, gfn)
 
-    pml, kinds = "EPT with A/D bits and PML", ("ept", "ept without A/D")
+    pml, kinds = "EPT, A/D bits, PML", ("ept", "ept without A/D")
     cpu = draw.choice([name for name in CPUS if name != pml])
-    other = {"NPT": "npt", "EPT without A/D bits": "ept without A/D"}
+    other = {"NPT": "npt", "EPT": "ept without A/D"}
     writes = [write(pml, nested, True) for nested in kinds]
     writes += [write(pml, draw.choice(kinds), False)]
     writes += [write(cpu, other.get(cpu) or draw.choice(kinds), True)]

@@ -6,7 +6,7 @@ Pure functions from a few settings to a result; `kvmbook.views.writes_panel` dra
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import NamedTuple
 
@@ -193,6 +193,15 @@ def touch_all(vm: Vm, kind: str = "write") -> Touched:
     entries, level = len(vm.vcpu[0].tlb.entries), vm.level(BASE_GFN)
     reported = int(vm.get_dirty_log(0).sum()) if vm.memslots.slots[0, 0].logs_dirty else None
     return Touched(dict(outcomes), entries, level, reported)
+
+
+def with_and_without_split() -> Iterator[tuple[str, str, Touched]]:
+    """(was it split, the log, what came of it): the 512 pages written while the log is off, on, and off again."""
+    for split in ("yes", "no"):
+        vm = huge_vm(split == "yes")
+        for log in ("off", "on", "off again"):
+            set_logging(vm, log == "on")
+            yield split, log, touch_all(vm)
 
 
 # ---- two sides, two locks --------------------------------------------------------------------------------------------
