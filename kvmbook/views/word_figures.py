@@ -81,28 +81,27 @@ def _names_parts(fmt: SpteFormat, y: float) -> list[str]:
     return parts
 
 
-def _legend(y: float, differs_from: str) -> list[str]:
+def _legend(y: float, several: bool) -> list[str]:
     parts, x = [], float(LEFT)
     for kind in (HARDWARE_READS, KVM_READS):
         parts += [box(x, y, 18, 18, KINDS[kind]), text(x + 26, y + 14, ABOUT_KINDS[kind], anchor="start")]
         x += 190
-    if differs_from:
+    if several:
         parts += [box(x, y, 18, 18, "none", stroke=LOST, extra=' stroke-width="3"')]
-        parts.append(text(x + 26, y + 14, f"▲ differs from {differs_from}", anchor="start"))
+        parts.append(text(x + 26, y + 14, "▲ differs from the word above", anchor="start"))
     return parts
 
 
-def words_picture(fmt: SpteFormat, words: Mapping[str, int], against_first: bool = False) -> Picture:
+def words_picture(fmt: SpteFormat, words: Mapping[str, int]) -> Picture:
     """Words under each other, each under its label: hex digits over bits, names at the foot. What differs from the word above
-    is framed, or with ``against_first`` what differs from the first."""
+    is framed."""
     parts: list[str] = []
     before = next(iter(words.values()))
     for number, (label, word) in enumerate(words.items()):
         parts += _word_parts(fmt, label, word, before, 4 + 106 * number)
-        before = before if against_first else word
+        before = word
     foot = 106 * len(words) - (2 if len(words) == 1 else -4)
-    against = "the first word" if against_first else "the word above"
-    parts += [*_names_parts(fmt, foot), *_legend(foot + 50, against * (len(words) > 1))]
+    parts += [*_names_parts(fmt, foot), *_legend(foot + 50, several=len(words) > 1)]
     told = [f"{label}: {word:016x}, {spte_state(fmt, word)}" for label, word in words.items()]
     alt = f"{fmt.name}. {'; '.join(told)}"
     return Picture(svg(WIDTH, foot + 74, alt, parts), alt)
@@ -120,4 +119,4 @@ def formats_picture(formats: Mapping[str, SpteFormat]) -> Picture:
         told.append(f"{label}: {', '.join(names)}")
     alt = f"Lowest bit and name of each field. {'. '.join(told)}"
     height = 78 * len(formats) + 8
-    return Picture(svg(WIDTH, height + 22, alt, [*parts, *_legend(height, "")]), alt)
+    return Picture(svg(WIDTH, height + 22, alt, [*parts, *_legend(height, several=False)]), alt)

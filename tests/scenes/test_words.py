@@ -153,13 +153,6 @@ def test_pictures_of_words_are_deterministic_and_say_what_they_show(format):
     assert picture.svg.count(">▲<") == flips and "▲ differs from the word above" in picture.svg
 
 
-def test_a_picture_can_compare_with_its_first_word():
-    fmt, words = LEAVES["NPT"].fmt, {"none": 0, "one bit": 1, "another": 2, "both": 3}
-    drawn = words_picture(fmt, words, against_first=True).svg
-    assert drawn.count(">▲<") == 4 and "▲ differs from the first word" in drawn
-    assert words_picture(fmt, dict(list(words.items())[:3])).svg.count(">▲<") == 1 + 2
-
-
 def test_the_picture_of_the_formats_names_every_field():
     formats = {name: leaf.fmt for name, leaf in LEAVES.items()}
     picture = formats_picture(formats)
