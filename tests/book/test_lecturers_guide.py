@@ -9,10 +9,13 @@ from kvmbook import Hardware, Kernel, Vm
 from kvmbook.exercises import aged
 from kvmbook.exercises.ch02 import calls_02_1
 from kvmbook.exercises.ch03 import check_03_1, found_word, history
+from kvmbook.exercises.ch09 import words_09_1
 from kvmbook.model import FlushPolicy, Outcome
 from kvmbook.scenes import BASE_GFN, missed_against_aged, missed_per_harvest
 from kvmbook.views import (
+    age_touch_and_ask,
     lose_a_write,
+    may_w_come_back,
     spte_inspector,
     which_errno,
     who_flushes_where,
@@ -50,10 +53,40 @@ CLICKS = {
         ({AGAIN: "flushed"}, "This report: page 1. The next one: page 1."),
         ({"written_before": "no page", AGAIN: "never"}, "No flushes in this harvest."),
     ],
+    age_touch_and_ask: [
+        ({}, "The page was used, but the host is told that it is idle."),
+        ({"the_host_ages_by": "clear_flush_young"}, "One flush, one fault."),
+        ({"the_host_ages_by": "clear_young", "then": "vCPU 1 reads"}, "vCPU 0 can still write through its TLB."),
+        (
+            {"the_host_ages_by": "test_young", "then": "nobody"},
+            "Nobody used the page, but the host is told that it is in use.",
+        ),
+        (
+            {"hardware": "EPT with A/D bits", "the_host_ages_by": "clear_young", "then": "vCPU 0 reads"},
+            "The page was used, but the host is told that it is idle.",
+        ),
+    ],
     who_flushes_where: [
         ({}, "Before: at most one flush, if a pass asked. After: always one flush."),
         ({"A_D_bits": "on, with PML"}, "Before: at most two flushes, if a pass asked. After: always one flush."),
         ({"INITIALLY_SET": "on"}, "No SPTE is visited and no TLB is flushed, before the patch or after it."),
+    ],
+    may_w_come_back: [
+        ({}, "MMU-writable is 1, so W comes back without mmu_lock; no harm is done."),
+        (
+            {"W_is_0_because_of": "3 read-only in the host"},
+            "W comes back under mmu_lock, in a frame that is the guest's own.",
+        ),
+        (
+            {"W_is_0_because_of": "2 and 4: a page table, then aged", "KVM_acts": "carelessly"},
+            "The fast path has not asked for MMU-writable",
+        ),
+        (
+            {"W_is_0_because_of": "4 access tracking", "then": "KVM guards it as a page table"},
+            "The lock is dropped before the flush",
+        ),
+        ({"KVM_acts": "by its rules"}, None),
+        ({"then": "logging is enabled"}, "early enough for a log."),
     ],
     write_the_rule: [
         (
@@ -127,7 +160,7 @@ def test_the_misconceptions_are_wrong():
 
 
 def test_seeds_1_to_300_give_different_tasks_and_a_check_can_mark():
-    for variant in (calls_02_1, found_word, history):
+    for variant in (calls_02_1, found_word, history, words_09_1):
         assert len({str(variant(seed=seed)) for seed in range(1, 301)}) == 300
     right = {"pfn": 0xC2C954, "type": 1, "W": 0, "MW": 1, "young": True, "state": "write-protected"}
     assert check_03_1.__wrapped__(right, seed=1) == "" and check_03_1.__wrapped__({**right, "W": 1}, seed=1)
