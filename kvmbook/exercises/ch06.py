@@ -145,6 +145,8 @@ def histories(seed: int = 6, number: int = 200) -> list[list[str]]:
 @checker
 def check_06_2(faults: Callable[[list[str]], int]) -> str:
     """A function that says how many faults a history of one page takes."""
+    if not callable(faults):
+        return "give a function of a list of events"
     for events in histories():
         said = faults(list(events))
         if said != count_faults(events):
@@ -187,6 +189,8 @@ BEFORE: dict[str, Callable[[Vm], None]] = {
 @checker
 def check_06_3(idle_pages: Callable[[Any, Callable[[], None]], Iterable[int]]) -> str:
     """A policy that finds exactly the idle pages, with at most one flush."""
+    if not callable(idle_pages):
+        return "give a function of host and turn"
     for hardware in (NO_AD, Hardware.ept()):
         for seed, (story, before) in enumerate(BEFORE.items()):
             if hint := _judge(idle_pages, hardware, before, seed):
@@ -215,7 +219,10 @@ def _judge(policy: Callable[..., Iterable[int]], hardware: Hardware, before: Cal
 
     calls = {name: getattr(vm, name) for name in NOTIFIERS}
     flushes = vm.counters.flushes
-    said = set(policy(SimpleNamespace(**calls, invalidate_range=invalidate_range), turn))
+    answer = policy(SimpleNamespace(**calls, invalidate_range=invalidate_range), turn)
+    said = {None} if answer is None else set(answer)
+    if not said <= set(ALL):
+        return "return the gfns of the idle pages, each from 0x200 to 0x23f"
     flushes = vm.counters.flushes - flushes
     if not turns:
         return "your policy never lets the guest run, so it cannot know"
