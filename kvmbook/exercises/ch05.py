@@ -110,6 +110,8 @@ def _why_exits(way: str, pages: int, times: int, harvests: int, given: Any) -> s
         return "how often does a page lose W, and how often does it get it back?"
     if not pages:
         return "nothing is written there"
+    if given == max(pages * times - 1, 0) // PML_PLACES * harvests:
+        return "a write through an entry with D = 1 sets nothing, and logs nothing"
     if given == pages // PML_PLACES * harvests:
         return "a full buffer is no exit yet; which write finds that it is full?"
     if given == exits_of(way, pages, 1, 1):
@@ -125,7 +127,7 @@ def check_05_1(exits: Formula, seed: int = 1) -> str:
     draw = random.Random(seed)
     sizes = {
         "W": (0, 1, draw.randrange(2, 300)),
-        "D and PML": (0, 1, 512, 513, draw.randrange(520, 1000), 1024, 1025),
+        "D and PML": (0, 1, draw.randrange(300, 500), 512, 513, draw.randrange(520, 1000), 1024, 1025),
         "emulation": (0, draw.randrange(2, 100)),
     }
     for way, counts in sizes.items():
