@@ -157,7 +157,7 @@ def check_06_2(faults: Callable[[list[str]], int]) -> str:
 def _look_at(events: Sequence[str]) -> str:
     """What a reader may have overlooked in the shortest history that is counted wrong."""
     if not any(event.startswith("clear") for event in events):
-        return "; which rights does a page get that is mapped by a read?"
+        return "; which rights does the first access bring, to the SPTE and to the TLB?"
     if "write" in events and "read" in events:
         return "; what does a read give back, and what only a write? And when is the SPTE not looked at at all?"
     return "; what does the TLB still know after each call?"
