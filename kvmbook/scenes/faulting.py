@@ -132,6 +132,10 @@ class AccessPath:
         """How mmu_lock was taken for it: "read", "write", or ""."""
         return next((step.lock for step in self.steps if step.lock), "")
 
+    def __str__(self) -> str:
+        """The ways, and how mmu_lock is held on the slow one."""
+        return " → ".join(f"{way} ({self.lock})" if way == "slow" and self.lock else way for way in self.ways)
+
 
 class _Followed:
     """A path while it happens: everything that somebody does is noted, and how the page looks after it."""
@@ -191,6 +195,18 @@ def harvest_before(step: str, marks_first: bool = False, comes: Sequence[str] = 
     told.accesses("write", comes, (step,))
     told.comes(USER_SPACE)
     return told.path()
+
+
+def two_faults_at(step: str, hardware: Hardware) -> Vm:
+    """Both vCPUs write a page that is not mapped, and each fault is done up to ``step``. ValueError if one of them must wait
+    for the other before that."""
+    vm = page_now(hardware, "not mapped")
+    for vcpu in vm.vcpu:
+        vcpu.attempt("write", BASE_GFN)
+    for vcpu in vm.vcpu:
+        while vcpu.fault.todo[0] != step:
+            vm.step(vcpu.fault)
+    return vm
 
 
 # ---- all endings of one fault ----------------------------------------------------------------------------------------
