@@ -19,6 +19,7 @@ from kvmbook.views import (
     spte_inspector,
     which_errno,
     who_flushes_where,
+    who_remembers_what,
     word_by_word,
     write_the_rule,
     you_are_the_scheduler,
@@ -65,6 +66,21 @@ CLICKS = {
             {"hardware": "EPT with A/D bits", "the_host_ages_by": "clear_young", "then": "vCPU 0 reads"},
             "The page was used, but the host is told that it is idle.",
         ),
+    ],
+    who_remembers_what: [
+        ({}, "vCPU 0's entry is stale, and it matters"),
+        ({"and_before_it_writes": "vCPU 0 faults elsewhere"}, "vCPU 0's entry is stale, and it matters"),
+        (
+            {"and_before_it_writes": "vCPU 1 writes it"},
+            "vCPU 0's write passes its TLB; the SPTE would have let it pass, too.",
+        ),
+        ({"and_before_it_writes": "KVM flushes"}, "vCPU 0 remembers nothing: its write faults, and KVM sees it."),
+        ({"and_before_it_writes": "nothing", "vCPU_0_has": "read it"}, "vCPU 0 remembers no right to write"),
+        (
+            {"A_D_bits": "on, with PML", "then": "logging is enabled"},
+            "vCPU 0 remembers a clean entry: its write has to walk to the SPTE, which notes it in D.",
+        ),
+        ({"vCPU_0_has": "written it"}, "vCPU 0's entry is stale, and it matters"),
     ],
     who_flushes_where: [
         ({}, "Before: at most one flush, if a pass asked. After: always one flush."),

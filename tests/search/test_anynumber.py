@@ -154,3 +154,9 @@ def test_a_workload_counts_flushes_and_misses_and_cannot_tell_sound_from_lucky()
     assert costs[FlushPolicy.IF_MMU_WRITABLE].flushes < costs[FlushPolicy.ALWAYS].flushes
     lucky = [rule for rule in all_rules(hardware)[:-1] if cost(hardware, rule).missed == 0]
     assert lucky and not sound_rules(hardware, lucky)
+
+
+def test_the_kinds_at_a_node_are_those_of_all_its_sets():
+    found = AnyNumber(Cells(HARDWARE["ept_no_ad"], Kernel.v6_0, 1, Grain.ACCESS)).search()
+    for node in found.found:
+        assert {*found.kinds_at(node), BLANK_VIEW} == {BLANK_VIEW}.union(*found.sets(node))
