@@ -47,9 +47,10 @@ def test_a_guard_that_unlocks_before_its_flush_breaks_the_key_invariant(under_lo
 
 
 class AsksForW(SpteFormat):
+    """The TDP MMU before v5.17 (7c8a4742c4ab)."""
+
     def tdp_write_protect(self, spte):
-        word, _ = super().tdp_write_protect(spte)
-        return Changed(word, self.is_writable_pte(spte))
+        return super().tdp_write_protect(spte) if self.is_writable_pte(spte) else Changed(spte, False)
 
 
 def test_a_guard_that_asks_for_w_misses_a_flush_that_enabling_still_owes():
