@@ -297,9 +297,13 @@ class PageFault(GuestAccess):
 
     def _zap_larger(self, m: Machine) -> str:
         """A larger leaf is in the way. The legacy MMU drops it and flushes at once; the TDP MMU freezes it first, so that
-        other faults keep away until the flush is done."""
+        other faults keep away until the flush is done. (Since v6.2 the TDP MMU splits it; what was in it stays mapped.)"""
         assert self.sptep is not None
         m.tell_host(self.old_spte, 0)
+        if self.root.tdp_mmu and m.kernel.splits_on_fault:
+            m.page_tables.split(self.sptep, m.nx_huge_pages)
+            self.todo = ["make_spte"]
+            return "a larger page is split"
         m.page_tables.write(self.sptep, REMOVED_SPTE if self.root.tdp_mmu else 0)
         m.kvm_flush_remote_tlbs()
         self.todo = ["unfreeze", "make_spte"] if self.root.tdp_mmu else ["make_spte"]

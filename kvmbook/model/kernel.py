@@ -71,6 +71,8 @@ class Kernel:
     ``pml_drains_oldest_first``: an exit takes the PML buffer's pages in the order of the writes (v6.14, 37c3ddfe5238);
     before, newest first.
     ``marks_without_vcpu``: KVM can mark a page dirty on no vCPU's behalf (v6.2, c57351a75d01); before, the mark is dropped.
+    ``splits_on_fault``: a fault for 4K that finds a huge page splits it, in the TDP MMU (v6.2, c4b33d28ea51); before, it
+    drops the huge page and flushes.
     ``neighbour_prefetch``: a fault in the legacy MMU also maps up to seven neighbours (every release; off here, so that
     the pages of a run have nothing to do with each other; on, to compare with a real machine).
     ``fast_path_marks_first``: a fast page fault marks the page before it makes the SPTE writable, and not after (no
@@ -91,6 +93,7 @@ class Kernel:
     clear_compares_rounded_up: bool = True
     pml_drains_oldest_first: bool = False
     marks_without_vcpu: bool = False
+    splits_on_fault: bool = False
     neighbour_prefetch: bool = False
     fast_path_marks_first: bool = False
     srcu_grace_period: bool = True

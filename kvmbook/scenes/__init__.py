@@ -30,6 +30,7 @@ from kvmbook.scenes.enabling import (
     BASE_GFN,
     CHANGES,
     HARDWARE,
+    SITUATIONS,
     TOUCHES,
     Moment,
     Scene,
@@ -37,6 +38,7 @@ from kvmbook.scenes.enabling import (
     made_twice,
     missed_against_aged,
     missed_per_harvest,
+    price_of_enabling,
     spte_state,
     write_after_enabling,
 )
@@ -135,6 +137,7 @@ from kvmbook.scenes.words import (
 )
 from kvmbook.scenes.writes import (
     PML_PLACES,
+    SPLITS,
     WAYS,
     WRITE_TIMES,
     WRITERS,
@@ -146,6 +149,7 @@ from kvmbook.scenes.writes import (
     is_reported,
     locks_of,
     mapped_and_logged,
+    one_write_then_reads,
     ring_order,
     set_logging,
     touch_all,

@@ -178,10 +178,10 @@ class Touched(NamedTuple):
         return ", ".join(found) or "none"
 
 
-def huge_vm(split: bool = True) -> Vm:
+def huge_vm(split: bool = True, kernel: Kernel = Kernel.v6_0) -> Vm:
     """A slot of 512 pages, one 2M page of the host, which vCPU 0 has written; KVM splits huge pages when logging is enabled,
     or does not."""
-    vm = Vm(Hardware.ept(ad_bits=False), Kernel.v6_0, page_size="2M", eager_page_split=split)
+    vm = Vm(Hardware.ept(ad_bits=False), kernel, page_size="2M", eager_page_split=split)
     vm.set_user_memory_region(slot=0, base_gfn=BASE_GFN, npages=512)
     vm.vcpu[0].write(BASE_GFN)
     return vm
@@ -193,6 +193,20 @@ def touch_all(vm: Vm, kind: str = "write") -> Touched:
     entries, level = len(vm.vcpu[0].tlb.entries), vm.level(BASE_GFN)
     reported = int(vm.get_dirty_log(0).sum()) if vm.memslots.slots[0, 0].logs_dirty else None
     return Touched(dict(outcomes), entries, level, reported)
+
+
+SPLITS = {
+    "when enabled": (True, Kernel.v6_0),
+    "never": (False, Kernel.v6_0),
+    "by the fault (v6.2)": (False, Kernel.v6_0.with_(splits_on_fault=True)),
+}
+
+
+def one_write_then_reads(split: str) -> tuple[Outcome, Touched]:
+    """Logging of a 2M page is enabled; vCPU 0 writes its first page, and reads them all. ``split`` is a key of `SPLITS`."""
+    vm = huge_vm(*SPLITS[split])
+    set_logging(vm, True)
+    return vm.vcpu[0].write(BASE_GFN), touch_all(vm, "read")
 
 
 def with_and_without_split() -> Iterator[tuple[str, str, Touched]]:

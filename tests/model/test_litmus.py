@@ -456,6 +456,20 @@ def test_trap_16_a_write_to_a_protected_huge_page_maps_4k(name):
     assert reported(vm) == [BASE + 3]
 
 
+@pytest.mark.parametrize(("name", "stays"), [("ept_no_ad", True), ("npt", True), ("npt_legacy", False)])
+def test_since_v6_2_such_a_write_splits_the_huge_page_in_the_tdp_mmu(name, stays):
+    kernel = Kernel.v6_0.with_(splits_on_fault=True)
+    vm = make_vm(HARDWARE[name], kernel, npages=1024, page_size="2M", eager_page_split=False)
+    vm.vcpu[0].write(BASE)
+    log(vm)
+    flushes = vm.counters.flushes
+    assert vm.vcpu[0].write(BASE + 3) is Outcome.SLOW_FAULT
+    assert vm.level(BASE + 3) == 1 and (vm.level(BASE + 4) == 1) is stays is (vm.counters.flushes == flushes)
+    assert vm.vcpu[0].read(BASE + 4) is (Outcome.WALK if stays else Outcome.SLOW_FAULT)
+    assert reported(vm) == [BASE + 3] + [BASE + 4] * (not stays)
+    check(vm)
+
+
 def test_trap_17_clear_with_initially_set_takes_mmu_writable_from_huge_pages_only():
     vm = make_vm(HARDWARE["npt"], Kernel.v6_0, npages=1024, page_size="2M", eager_page_split=False)
     vm.enable_manual_dirty_log_protect(initially_set=True)
