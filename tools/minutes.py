@@ -1,6 +1,7 @@
 """How long a chapter takes, for the index of the book.
 
-Usage: minutes.py [--store]   Prints the minutes of each chapter; with --store writes them into notebooks/index.ipynb.
+Usage: minutes.py [--store]   Prints the minutes of each chapter; with --store writes them, and those of the paths through the
+book, into notebooks/index.ipynb.
 
 A reader reads 200 words a minute, takes half a minute for a cell of code with what it prints, one for a question, three
 for a panel and ten for an exercise. Rounded to five minutes, for it is a guess.
@@ -22,9 +23,10 @@ sys.path.insert(0, str(ROOT))
 from tools.checks import WIDGET_VIEW  # noqa: E402
 
 INDEX = ROOT / "notebooks/index.ipynb"
-ROW = re.compile(
-    r"(?P<before>^\| \d+ \| \[[^\]]+\]\((?P<file>[^)]+)\) \| )(?P<minutes>\d*)", re.M
-)  # of a chapter that is there
+LECTURE = 50
+# The row of a chapter that is there; and a path, or a series of lectures: a line that links to its chapters.
+ROW = re.compile(r"(?P<before>^\| \d+ \| \[[^\]]+\]\((?P<file>[^)]+)\) \| )(?P<minutes>\d*)", re.M)
+PATH = re.compile(r"(?P<before>^\*(?P<kind>Path|Lectures):\* .*, )(?P<minutes>\d+)(?= minutes)", re.M)
 
 
 def minutes(chapter: Any) -> int:
@@ -50,13 +52,20 @@ def chapters() -> dict[str, int]:
     }
 
 
+def along(path: re.Match[str], found: dict[str, int]) -> int:
+    """The minutes of a path, or of the lectures."""
+    files = re.findall(r"\]\((\d\d-[^)]+\.ipynb)\)", path["before"])
+    return LECTURE * len(files) if path["kind"] == "Lectures" else sum(found[file] for file in files)
+
+
 def store(index: pathlib.Path = INDEX) -> None:
-    """Write the minutes into the table of the index, and change nothing else there."""
+    """Write the minutes into the table and the paths of the index, and change nothing else there."""
     found, notebook = chapters(), json.loads(index.read_text())
     for cell in notebook["cells"]:
         if cell["cell_type"] == "markdown":
             text = "".join(cell["source"])
             text = ROW.sub(lambda row: f"{row['before']}{found[row['file']]}", text)
+            text = PATH.sub(lambda path: f"{path['before']}{along(path, found)}", text)
             cell["source"] = text.splitlines(keepends=True)
     index.write_text(json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
 

@@ -46,14 +46,22 @@ def test_the_minutes_are_those_of_the_chapters():
     assert {row["file"]: int(row["minutes"]) for row in rows() if row["file"]} == minutes.chapters()
 
 
-def test_minutes_are_stored_in_the_table_and_nothing_else_is_changed(tmp_path):
+def test_a_path_takes_what_its_chapters_take_and_a_lecture_takes_fifty():
+    paths, taken = list(minutes.PATH.finditer("\n".join(prose(minutes.INDEX)))), minutes.chapters()
+    assert [path["kind"] for path in paths].count("Lectures") == 1 and len(paths) >= 4
+    for path in paths:
+        files = re.findall(r"\((\d\d-[^)]+)\)", path["before"])
+        assert len(files) > 2 and files == sorted(files)
+        assert int(path["minutes"]) == sum(50 if path["kind"] == "Lectures" else taken[file] for file in files)
+    assert any(re.findall(r"\((\d\d-[^)]+)\)", path["before"]) == list(taken) for path in paths)  # the whole book
+
+
+def test_minutes_are_stored_in_the_table_and_the_paths_and_nothing_else_is_changed(tmp_path):
     copy, written = tmp_path / "index.ipynb", minutes.INDEX.read_text()
-    copy.write_text(re.sub(r"(\.ipynb\) \| )\d+", r"\g<1>1", written))
+    copy.write_text(re.sub(r"(\.ipynb\) \| |\), )\d+", r"\g<1>1", written))
+    assert copy.read_text() != written
     minutes.store(copy)
-    stored = dict(re.findall(r"\((\d\d-[^)]+\.ipynb)\) \| (\d+)", copy.read_text()))
-    assert {file: int(taken) for file, taken in stored.items()} == minutes.chapters()
-    without = re.compile(r"(?<=\.ipynb\) \| )\d+")
-    assert without.sub("", copy.read_text()) == without.sub("", written)
+    assert copy.read_text() == written
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
