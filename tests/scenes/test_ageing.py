@@ -4,6 +4,8 @@ import itertools
 
 import pytest
 
+from kvmbook import Hardware, Kernel, Vm
+from kvmbook.model import Outcome
 from kvmbook.scenes import AGED_ON, CALLS, USES, WAYS_TO_ASK, age_touch_ask, measure
 
 NO_AD, AD = AGED_ON
@@ -51,3 +53,23 @@ def test_the_log_finds_writes_only_and_ageing_finds_all_after_a_flush():
     assert [m.flushes for m in found.values()] == [1, 0, 1, 64]
     assert {m.used for m in found.values()} == {32}
     assert measure("clear_flush_young", AGED_ON[AD], read, written).faults == 0
+
+
+def test_a_nested_guests_aged_page_is_made_anew_with_w_by_a_read():
+    vm = Vm(Hardware.ept(), Kernel.v6_0, nested="ept without A/D")
+    vm.set_user_memory_region(slot=0, base_gfn=0x200, npages=1)
+    vm.vcpu[0].read(0x200, l2=True)
+    vm.clear_flush_young(0x200, 0x201)
+    assert vm.fmt.is_access_track_spte(vm.spte(0x200, l2=True))
+    assert vm.vcpu[0].read(0x200, l2=True) is Outcome.SLOW_FAULT
+    assert vm.fmt.is_writable_pte(vm.spte(0x200, l2=True))
+
+
+def test_one_use_of_a_huge_page_makes_all_of_it_young():
+    vm = Vm(AGED_ON[NO_AD], Kernel.v6_0, page_size="2M")
+    vm.set_user_memory_region(slot=0, base_gfn=0x200, npages=512)
+    vm.vcpu[0].read(0x200)
+    vm.clear_flush_young(0x200, 0x400)
+    assert not vm.test_young(0x3FF, 0x400)
+    vm.vcpu[0].read(0x200)
+    assert vm.test_young(0x3FF, 0x400)
