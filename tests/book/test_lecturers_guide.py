@@ -9,13 +9,16 @@ from kvmbook import Hardware, Kernel, Vm
 from kvmbook.exercises import aged
 from kvmbook.exercises.ch02 import calls_02_1
 from kvmbook.exercises.ch03 import check_03_1, found_word, history
+from kvmbook.exercises.ch05 import writes_05_3
 from kvmbook.exercises.ch09 import words_09_1
 from kvmbook.model import FlushPolicy, Outcome
 from kvmbook.scenes import BASE_GFN, missed_against_aged, missed_per_harvest
 from kvmbook.views import (
     age_touch_and_ask,
+    follow_one_access,
     lose_a_write,
     may_w_come_back,
+    one_write_four_ways,
     spte_inspector,
     which_errno,
     who_flushes_where,
@@ -81,6 +84,24 @@ CLICKS = {
             "vCPU 0 remembers a clean entry: its write has to walk to the SPTE, which notes it in D.",
         ),
         ({"vCPU_0_has": "written it"}, "vCPU 0's entry is stale, and it matters"),
+    ],
+    follow_one_access: [
+        ({}, "Fast, without mmu_lock. The page is marked dirty."),
+        ({"vCPU_0": "reads an aged page"}, "Fast, without mmu_lock. R and X come back, W does not: no mark."),
+        ({"vCPU_0": "writes a page not mapped"}, None),
+        ({"hardware": "shadow paging"}, "Slow at once, with mmu_lock held for write. The page is marked dirty."),
+        ({"in_between": "the host takes the page"}, "One try came to nothing: the guest faults again."),
+    ],
+    one_write_four_ways: [
+        (
+            {},
+            "6,000 writes to 600 pages: 1 exit. Before GET 512 are in the bitmap, 88 in the buffer; the report names 600.",
+        ),
+        ({"caught_by": "W"}, "6,000 writes to 600 pages: 600 exits."),
+        ({"caught_by": "emulation"}, "6,000 writes to 600 pages: 6,000 exits."),
+        ({"caught_by": "nobody"}, "KVM's log cannot know of them."),
+        ({"caught_by": "D and PML", "pages_written": "512"}, "5,120 writes to 512 pages: no exit."),
+        ({"pages_written": "513"}, None),
     ],
     who_flushes_where: [
         ({}, "Before: at most one flush, if a pass asked. After: always one flush."),
@@ -172,11 +193,11 @@ def test_the_misconceptions_are_wrong():
     assert not vm.host.dirty
     vm.clear_young(BASE_GFN, BASE_GFN + 16)
     assert vm.host.dirty
-    assert len(re.findall(r'^\| "', PAGE.read_text(), re.M)) == 15
+    assert len(re.findall(r'^\| "', PAGE.read_text(), re.M)) == 17
 
 
 def test_seeds_1_to_300_give_different_tasks_and_a_check_can_mark():
-    for variant in (calls_02_1, found_word, history, words_09_1):
+    for variant in (calls_02_1, found_word, history, writes_05_3, words_09_1):
         assert len({str(variant(seed=seed)) for seed in range(1, 301)}) == 300
     right = {"pfn": 0xC2C954, "type": 1, "W": 0, "MW": 1, "young": True, "state": "write-protected"}
     assert check_03_1.__wrapped__(right, seed=1) == "" and check_03_1.__wrapped__({**right, "W": 1}, seed=1)
