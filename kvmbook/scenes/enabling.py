@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from kvmbook.model import (
@@ -84,6 +85,14 @@ def tlb_state(entry: TlbEntry | None) -> str:
     return "writable" if entry.dirty else "clean"
 
 
+def spte_rights(fmt: SpteFormat, spte: int) -> str:
+    """R, W, X, then A and D if the SPTE has them ("-": 0), then MW if it is set: "R-X MW"."""
+    rights = "".join(c if on else "-" for c, on in zip("RWX", fmt.hardware_rights(spte), strict=True))
+    noted = {"A": fmt.spte_shadow_accessed_mask(spte), "D": fmt.spte_shadow_dirty_mask(spte)}
+    words = [rights, *(name if spte & mask else "-" for name, mask in noted.items() if mask)]
+    return " ".join([*words, *["MW"] * bool(fmt.is_mmu_writable_spte(spte))])
+
+
 def is_stale(spte: str, tlb: str) -> bool:
     """Whether the entry lets a write pass that the SPTE would stop or note, both in the words above."""
     return tlb == "writable" and spte != "writable"
@@ -98,14 +107,11 @@ def moment_of(
     """How ``gfn``'s SPTE and the TLB of vCPU 0 look now, as a moment. ``outcome``: how the access went that it is about."""
     fmt, spte, entry = vm.fmt, vm.spte(gfn), vm.vcpu[0].tlb.lookup("L1", gfn)
     says, remembers = spte_state(fmt, spte), tlb_state(entry)
-    rights = "".join(c if on else "-" for c, on in zip("RWX", fmt.hardware_rights(spte), strict=True))
-    noted = {"A": fmt.spte_shadow_accessed_mask(spte), "D": fmt.spte_shadow_dirty_mask(spte)}
-    words = [rights, *(name if spte & mask else "-" for name, mask in noted.items() if mask)]
     return Moment(
         actor=actor,
         action=action,
         spte=says,
-        spte_rights=" ".join([*words, *["MW"] * bool(fmt.is_mmu_writable_spte(spte))]),
+        spte_rights=spte_rights(fmt, spte),
         tlb=remembers,
         tlb_rights="" if entry is None else str(entry)[:3] + " D" * (entry.dirty and fmt.kvm_ad_enabled),
         stale=is_stale(says, remembers),
@@ -185,8 +191,8 @@ def write_after_enabling(
 
 
 def made_twice(flush: FlushRule = FlushPolicy.IF_CHANGED) -> Scene:
-    """The second hole: with PML, two vCPUs fault on one page. The second makes the SPTE again over the first one's, and so
-    leaves it W=1 with D=0, while vCPU 0's TLB says that D is set."""
+    """The loss of chapter 09: with PML, two vCPUs fault on one page. The second makes the SPTE again over the first one's,
+    and so leaves it W=1 with D=0, while vCPU 0's TLB says that D is set."""
     vm = Vm(HARDWARE["on, with PML"], Kernel.v5_19.with_(flush=flush), vcpus=2)
     gfns = range(BASE_GFN, BASE_GFN + 1)
     vm.set_user_memory_region(slot=0, base_gfn=BASE_GFN, npages=1)
@@ -239,6 +245,43 @@ def missed_per_harvest(flush: FlushRule, rounds: int = 8, touched: int = 4, page
         vm.get_dirty_log(0)
         missed.append(len(vm.missed_dirty(0)))
     return missed
+
+
+def _writes(vm: Vm) -> None:
+    vm.vcpu[0].write(BASE_GFN)
+
+
+def _writes_and_is_aged(vm: Vm) -> None:
+    _writes(vm)
+    vm.clear_young(BASE_GFN, BASE_GFN + 1)
+
+
+def _was_logged_before(vm: Vm) -> None:
+    _writes(vm)
+    for logs in (True, False):
+        vm.set_user_memory_region(slot=0, base_gfn=BASE_GFN, npages=64, log_dirty_pages=logs)
+
+
+# What has happened to page 0 before logging is enabled; all else is unmapped.
+SITUATIONS: dict[str, Callable[[Vm], None]] = {
+    "nothing mapped": lambda vm: None,
+    "page written": _writes,
+    "written, then aged": _writes_and_is_aged,
+    "logged before": _was_logged_before,
+}
+
+
+def price_of_enabling(flush: FlushRule, situation: str) -> tuple[int, int]:
+    """The flushes that enabling makes, and the writes to page 0 that are missed after it; without A/D bits. ``situation`` is
+    a key of `SITUATIONS`."""
+    vm = Vm(HARDWARE["off"], Kernel.v5_19.with_(flush=flush))
+    vm.set_user_memory_region(slot=0, base_gfn=BASE_GFN, npages=64)
+    SITUATIONS[situation](vm)
+    before = vm.counters.flushes
+    vm.set_user_memory_region(slot=0, base_gfn=BASE_GFN, npages=64, log_dirty_pages=True)
+    flushes = vm.counters.flushes - before
+    vm.vcpu[0].write(BASE_GFN)
+    return flushes, len(vm.missed_dirty(0))
 
 
 CHANGES = {

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
-from kvmbook.model import PG_LEVEL_4K, Hardware, Kernel, Operation, Outcome, SpteFormat, TlbEntry, Vm
-from kvmbook.scenes.enabling import ANSWERED, BASE_GFN, spte_state, tlb_state
+from kvmbook.model import PG_LEVEL_4K, Hardware, Kernel, Operation, Outcome, TlbEntry, Vm
+from kvmbook.scenes.enabling import ANSWERED, BASE_GFN, spte_rights, spte_state, tlb_state
 from kvmbook.scenes.words import named_words
 from kvmbook.search import AnyNumber, Cells, Grain
 
@@ -122,14 +122,6 @@ class Recall:
     tlbs: tuple[Remembered, ...]
     answered: str
     flushed: bool
-
-
-def spte_rights(fmt: SpteFormat, spte: int) -> str:
-    """R, W, X, then A and D if the SPTE has them ("-": 0), then MW if it is set: "R-X MW"."""
-    rights = "".join(c if on else "-" for c, on in zip("RWX", fmt.hardware_rights(spte), strict=True))
-    noted = {"A": fmt.spte_shadow_accessed_mask(spte), "D": fmt.spte_shadow_dirty_mask(spte)}
-    words = [rights, *(name if spte & mask else "-" for name, mask in noted.items() if mask)]
-    return " ".join([*words, *["MW"] * bool(fmt.is_mmu_writable_spte(spte))])
 
 
 def enable_up_to_the_flush(vm: Vm) -> Operation:
