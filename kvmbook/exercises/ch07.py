@@ -173,11 +173,11 @@ def check_07_2(run: Run) -> str:
         return f"{vm.in_flight[0].who} has not finished: its next step is {vm.in_flight[0].todo[0]}"
     if "mark_page_dirty_in_slot" not in steps:
         hint = "no fault has come as far as its mark. Which vCPU has to write which page?"
-    elif "take_bits" not in steps:
+    elif "find_words" not in steps:
         hint = "nobody gets the log, so the mark stays where it is"
-    elif steps.index("take_bits") < steps.index("mark_page_dirty_in_slot"):
+    elif steps.index("find_words") < steps.index("mark_page_dirty_in_slot"):
         hint = "the log is got before the mark is there"
-    elif steps.index("take_bits") > steps.index("fast_pf_fix_direct_spte"):
+    elif steps.index("find_words") > steps.index("fast_pf_fix_direct_spte"):
         hint = "the log is got after the exchange: it takes W again, with the mark. Stop the fault one step earlier"
     else:
         hint = "the mark is taken too early, as it should be. Who writes then, and has the fault been finished before?"

@@ -81,14 +81,13 @@ def _sentence(step: FaultStep) -> str:
 
 
 def _headings() -> list[str]:
-    wide = ((STEP + 20, "step"), (SAID + 40, "what comes of it"), (LOCK + LOCK_WIDE / 2 - 4, "mmu_lock"))
-    page = (SPTE + SPTE_WIDE / 2, "SPTE"), (BIT + BIT_WIDE / 2, "bit")
-    away = SPTE - NARROW_SPTE
-    narrow = [(130, "step, result, mmu_lock"), *((x - away, said) for x, said in page)]
-    return [
-        block([text(x, 16, said, size=SIZE, bold=True) for x, said in (*wide, *page)], look="wide"),
-        block([text(x, 16, said, size=SIZE, bold=True) for x, said in narrow], look="narrow"),
-    ]
+    left = ((STEP, "step"), (SAID, "what comes of it"))
+    over = ((LOCK + LOCK_WIDE / 2 - 6, "mmu_lock"), (SPTE + SPTE_WIDE / 2, "SPTE"), (BIT + BIT_WIDE / 2, "bit"))
+    wide = [text(x, 16, said, size=SIZE, bold=True, anchor="start") for x, said in left]
+    wide += [text(x, 16, said, size=SIZE, bold=True) for x, said in over]
+    narrow = [text(NARROW_STEP, 16, "step, result, mmu_lock", size=SIZE, bold=True, anchor="start")]
+    narrow += [text(x - SPTE + NARROW_SPTE, 16, said, size=SIZE, bold=True) for x, said in over[1:]]
+    return [block(wide, look="wide"), block(narrow, look="narrow")]
 
 
 def path_picture(path: AccessPath) -> Picture:
