@@ -12,7 +12,7 @@ from kvmbook.exercises.ch03 import check_03_1, found_word, history
 from kvmbook.exercises.ch05 import writes_05_3
 from kvmbook.exercises.ch09 import words_09_1
 from kvmbook.model import FlushPolicy, Outcome
-from kvmbook.scenes import BASE_GFN, missed_against_aged, missed_per_harvest
+from kvmbook.scenes import BASE_GFN, measure, missed_against_aged, missed_per_harvest
 from kvmbook.views import (
     age_touch_and_ask,
     follow_one_access,
@@ -173,6 +173,11 @@ def test_the_inspector_says_what_the_guide_quotes():
     assert "KVM never makes this word" in inspector.choose(format="NPT")
 
 
+def test_the_busiest_page_looks_idle():
+    for hardware in (Hardware.ept(ad_bits=False), Hardware.ept()):
+        assert measure("clear_young", hardware, read=[0], written=[]).found == 0
+
+
 def test_the_misconceptions_are_wrong():
     no_ad = Hardware.ept(ad_bits=False)
     vm = aged(no_ad, Kernel.v5_19)
@@ -193,7 +198,7 @@ def test_the_misconceptions_are_wrong():
     assert not vm.host.dirty
     vm.clear_young(BASE_GFN, BASE_GFN + 16)
     assert vm.host.dirty
-    assert len(re.findall(r'^\| "', PAGE.read_text(), re.M)) == 17
+    assert len(re.findall(r'^\| "', PAGE.read_text(), re.M)) == 18
 
 
 def test_seeds_1_to_300_give_different_tasks_and_a_check_can_mark():
