@@ -8,6 +8,7 @@ from tools.browser import open_drawn
 
 FILES = book.contents(book.ROOT)
 CHAPTERS = [file for file in FILES if file.startswith("notebooks/")]
+PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
 STATE = re.compile(r'<script type="application/vnd.jupyter.widget-state\+json">(.*?)</script>', re.S)
 
 

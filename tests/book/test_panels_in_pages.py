@@ -270,19 +270,6 @@ def test_the_text_unlocks_controls_and_a_reader_may_skip_it(visit, pages):
     seen.clean()
 
 
-@pytest.mark.parametrize("file", CHAPTERS, ids=lambda file: file.split("/")[1])
-def test_on_a_phone_pictures_of_panels_are_stacked_and_not_scrolled(visit, pages, file):
-    seen = open_page(visit, f"{pages.as_uri()}/", file, viewport={"width": 390, "height": 844})
-    for figure in seen.page.locator(".kvmbook-figure").all():
-        inside, outside, letters = figure.evaluate(
-            """figure => [figure.scrollWidth, figure.clientWidth,
-            [...figure.querySelectorAll("text")].filter((text) => text.getClientRects().length).map((text) =>
-            Number(getComputedStyle(text).fontSize.slice(0, -2)) * text.getScreenCTM().a)]"""
-        )
-        assert inside <= outside and min(letters) >= 9, (inside, outside, min(letters))
-    seen.clean()
-
-
 def test_the_inspector_says_of_any_word_what_the_model_says_without_a_kernel(visit, pages):
     seen = open_page(visit, f"{pages.as_uri()}/", "notebooks/03-the-spte-bit-by-bit")
     panel, live, chance = seen.page.locator(".kvmbook-inspector").first, SpteInspector(), random.Random(5)

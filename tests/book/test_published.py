@@ -6,13 +6,11 @@ import threading
 
 import pytest
 from bs4 import BeautifulSoup
-from built_pages import CHAPTERS, FILES, open_page, widgets_in
+from built_pages import CHAPTERS, FILES, widgets_in
 
-from tools import book, checks, vendor
+from tools import book, checks
 
 ROOT = book.ROOT
-# The theme's own: its search button has no name, and its side bar lies in no landmark.
-THEME_FINDINGS = {"button-name": "search-button", "region": "sidebar-primary-item"}
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +57,11 @@ def test_no_page_names_a_script_or_style_of_another_host(pages):
 # ---- every page ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("home", ["http", "file"])
-def test_no_page_asks_another_host(visit, pages, served, home):
-    home = served if home == "http" else f"{pages.as_uri()}/"
-    seen = visit(home)
+def test_no_page_of_a_server_asks_another_host(visit, served):
+    """Of those of a disk see test_every_page."""
+    seen = visit(served)
     for file in [*FILES, "genindex", "search"]:
-        seen.page.goto(f"{home}{file}.html", wait_until="networkidle")
+        seen.page.goto(f"{served}{file}.html", wait_until="networkidle")
     seen.clean()
 
 
@@ -108,27 +105,3 @@ def said_only_by(pages, kind):
             if "_esm" in state and ("because" in state) == (kind == "question"):
                 words = re.findall(r"\b[a-z]{5,}\b", " ".join(book.words_of(state)).lower())
                 yield from ((file, word) for word in words if word[:5] not in article.get_text().lower())
-
-
-def test_axe_finds_nothing_but_the_themes_own(visit, pages):
-    vendor.fetch(ROOT / "build/vendor")
-    axe = (ROOT / "build/vendor/axe-core/axe.min.js").read_text()
-    for file in FILES:
-        seen = open_page(visit, f"{pages.as_uri()}/", file, color_scheme="light")
-        seen.page.evaluate(axe)
-        run, found = "how => axe.run({ exclude: [['svg *']] }, how).then(done => done.violations)", []
-        for scheme, rules in (("light", {}), ("dark", {"runOnly": ["color-contrast"]})):  # only the colours are others
-            seen.page.emulate_media(color_scheme=scheme)
-            seen.page.evaluate("scheme => { document.documentElement.dataset.theme = scheme; }", scheme)
-            seen.page.evaluate(
-                "Promise.all(document.getAnimations().map((one) => one.finished))"
-            )  # colours come slowly
-            found += seen.page.evaluate(run, rules)
-        ours = [
-            (violation["id"], node["html"][:200])
-            for violation in found
-            for node in violation["nodes"]
-            if THEME_FINDINGS.get(violation["id"], "nothing") not in node["html"]
-        ]
-        assert not ours, (file, ours)
-        seen.context.close()
