@@ -29,8 +29,10 @@ from kvmbook.views.panel import Panel, View, counted
 # ---- which errno? ----------------------------------------------------------------------------------------------------
 
 SIZE = 15
-FIRST_GFN, MEMORY_LEFT, GFN_WIDTH = 0xC0, 104, 1.08  # where guest memory begins in the picture, and a page's width
-TICKS = (0x100, 0x180, 0x1C0, 0x200, 0x240, 0x300, 0x380)
+FIRST_GFN, MEMORY_LEFT, GFN_WIDTH = 0x100, 124, 0.598  # where guest memory begins in the picture, and a page's width
+TICKS = (0x100, 0x1C0, 0x240, 0x300, 0x380)
+ROWS = {"slots before": 26, "asked for": 62, "slots after": 98}
+MEMORY, CHECK, LINE = 530, 490, 23  # how wide guest memory and the checks are, how high a check is
 
 
 def _x(gfn: float) -> float:
@@ -40,9 +42,8 @@ def _x(gfn: float) -> float:
 def slot_parts(slot: MemorySlot, top: float) -> list[str]:
     """One slot in the bar of guest memory."""
     fill = LOOK["read-only"][0] if slot.readonly else "none"
-    mark = ", logs" if slot.logs_dirty else ", read-only" if slot.readonly else ""
-    long = slot.npages * GFN_WIDTH > 90
-    said = f"slot {slot.id}{mark}" if long else f"slot {slot.id}"
+    long = slot.npages * GFN_WIDTH > 70
+    said = f"{slot.id}{', logs' * (slot.logs_dirty and long)}"
     middle = _x(slot.base_gfn + slot.npages / 2)
     bar = box(_x(slot.base_gfn), top, slot.npages * GFN_WIDTH, 30, fill)
     return [bar, text(middle, top + 20, said, size=SIZE, fill=INK if slot.readonly else "")]
@@ -60,43 +61,53 @@ def asked_parts(asked: Ask, top: float) -> list[str]:
     return [bar, text(_x(gfn + pages / 2), top + 20, said, bold=True, size=SIZE)]
 
 
-def check_parts(asked: Ask, top: float) -> list[str]:
+def memory_parts(asked: Ask) -> list[str]:
+    """Guest memory before the call, what is asked for, and guest memory after it."""
+    parts = [text(MEMORY_LEFT - 24, y + 20, label, size=SIZE, anchor="end") for label, y in ROWS.items()]
+    for label, slots in (("slots before", asked.before), ("slots after", asked.after)):
+        parts += [part for slot in slots for part in slot_parts(slot, ROWS[label])]
+    parts += asked_parts(asked, ROWS["asked for"])
+    parts += [text(_x(tick), 146, f"{tick:#x}", size=SIZE) for tick in TICKS]
+    parts.append(text(MEMORY_LEFT - 30, 146, "gfn", size=SIZE, anchor="end"))
+    parts.append(text(8, 180, "checks: ✓ passed or does not apply", size=SIZE, anchor="start", bold=True))
+    return [*parts, text(8, 202, "✕ refuses, no mark: not reached", size=SIZE, anchor="start", bold=True)]
+
+
+def check_parts(asked: Ask) -> list[str]:
     """The kernel's checks in its order: taken, refusing, never reached."""
     parts = []
     for number, rule in enumerate(RULES, 1):
-        column, line = divmod(number - 1, 7)
-        x, y = 8 + column * CHECK, top + line * 23
+        y = number * LINE
         refuses = bool(asked.error) and number == asked.checks
         mark = "✕" if refuses else "✓" if number <= asked.checks else " "
         if refuses:
-            parts.append(box(x, y - 16, CHECK - 8, 22, LOOK["missed"][0]))
+            parts.append(box(2, y - 16, CHECK - 4, 22, LOOK["missed"][0]))
         ink = INK if refuses else ""
-        parts.append(text(x + 26, y, str(number), size=SIZE, anchor="end", fill=ink, bold=refuses))
-        parts.append(text(x + 42, y, mark, size=SIZE, fill=ink, bold=True))
-        parts.append(text(x + 56, y, rule.asks, size=SIZE, anchor="start", fill=ink, bold=refuses))
+        parts.append(text(30, y, str(number), size=SIZE, anchor="end", fill=ink, bold=refuses))
+        parts.append(text(46, y, mark, size=SIZE, fill=ink, bold=True))
+        parts.append(text(60, y, rule.asks, size=SIZE, anchor="start", fill=ink, bold=refuses))
     return parts
 
 
-CHECK = 494  # the width of a column of checks
+def line_parts(first: str, second: str, y: float, low: float, bold: bool = False) -> list[str]:
+    """A line at ``y``; in the narrow form two, from ``low`` on."""
+    parts = [text(8, y, f"{first} {second}", size=SIZE, anchor="start", bold=bold)]
+    halves = [
+        text(8, low + 22 * n, said, size=SIZE, anchor="start", bold=bold) for n, said in enumerate((first, second))
+    ]
+    return [block(parts, look="wide"), block(halves, look="narrow")]
 
 
 def ask_picture(asked: Ask) -> Picture:
-    """Guest memory before the call and after it, what is asked for, and how far the checks go."""
-    r = asked.call
-    call = f"slot {r.slot}, flags {r.flags}, guest_phys_addr {r.guest_phys_addr:#x}, memory_size {r.memory_size:#x}"
-    parts = [text(8, 18, call, size=SIZE, anchor="start", bold=True)]
-    for label, y in (("before", 30), ("asked for", 66), ("after", 102)):
-        parts.append(text(MEMORY_LEFT - 8, y + 20, label, size=SIZE, anchor="end"))
-    parts += [part for slot in asked.before for part in slot_parts(slot, 30)]
-    parts += asked_parts(asked, 66)
-    parts += [part for slot in asked.after for part in slot_parts(slot, 102)]
-    parts += [text(_x(tick), 150, f"{tick:#x}", size=SIZE) for tick in TICKS]
-    parts.append(text(MEMORY_LEFT - 8, 150, "gfn", size=SIZE, anchor="end"))
-    legend = "checks: ✓ passed or does not apply, ✕ refuses, no mark: not reached"
-    parts.append(text(8, 178, legend, size=SIZE, anchor="start", bold=True))
+    """Guest memory before the call and after it, what is asked for, and beside it how far the checks go; in the narrow form
+    the checks stand below."""
+    r, depth = asked.call, len(RULES) * LINE + 10
+    call = f"slot {r.slot}, flags {r.flags},", f"guest_phys_addr {r.guest_phys_addr:#x}, memory_size {r.memory_size:#x}"
+    parts = line_parts(*call, y=18, low=18, bold=True)
+    parts += [block(memory_parts(asked), (0, 6), (0, 28)), block(check_parts(asked), (MEMORY, 22), (0, 236))]
     answer = f"refused with {asked.error} by check {asked.checks}" if asked.error else f"accepted: {asked.says}"
-    alt = f"KVM_SET_USER_MEMORY_REGION with {call}: {answer}."
-    return Picture(svg(2 * CHECK + 8, 356, alt, parts + check_parts(asked, 204)), alt)
+    alt = f"KVM_SET_USER_MEMORY_REGION with {' '.join(call)}: {answer}."
+    return Picture(svg(MEMORY + CHECK, 22 + depth, alt, parts, (MEMORY, 236 + depth)), alt)
 
 
 def ask_readout(asked: Ask) -> str:
@@ -129,6 +140,9 @@ def which_errno() -> Panel:
 ROW = 24
 WHO, LIVE, BUFFER, SPTE, TLB = 72, 326, 506, 726, 846  # where each group of columns begins, "who" ends
 WORD, LETTER = 58, 36  # widths of their cells
+# In the narrow form a step has two lines: who does what, SPTE and TLB; below, the words of the bitmap.
+LABEL_AT, WORDS_AT, LETTERS_AT = (-4, 0), (8 - LIVE, 21), (288 - SPTE, 0)
+NARROW_WIDE, NARROW_ROW = 520, 54
 
 
 def word_hex(word: int) -> str:
@@ -137,7 +151,7 @@ def word_hex(word: int) -> str:
 
 
 def _cells(row: Row) -> list[tuple[int, int, str]]:
-    """(left, width, what is in it) of each cell of a row."""
+    """(left, width, what is in it) of each cell of a row: six words, then six letters."""
     cells = [(LIVE + n * WORD, WORD, word_hex(word)) for n, word in enumerate(row.live)]
     cells += [(BUFFER + n * WORD, WORD, word_hex(word)) for n, word in enumerate(row.buffer)]
     cells += [(SPTE + n * LETTER, LETTER, "W" if w else "–") for n, w in enumerate(row.spte)]
@@ -145,38 +159,47 @@ def _cells(row: Row) -> list[tuple[int, int, str]]:
     return cells + [(TLB + n * LETTER, LETTER, letters[w]) for n, w in enumerate(row.tlb)]
 
 
-def row_parts(row: Row, before: Row | None) -> list[str]:
-    """One line: what changed is framed; a TLB entry that allows more than its SPTE has a broken frame."""
-    said = f"⟳ {row.what}" if row.flushed else row.what
-    guest = row.who.startswith("vCPU")
-    parts = [
-        text(WHO - 6, 0, row.who, size=SIZE, anchor="end", bold=guest),
-        text(WHO + 2, 0, said, size=SIZE, anchor="start", bold=guest or row.flushed),
-    ]
-    same: list[str] = []
-    was = [None] * 12 if before is None else [cell[2] for cell in _cells(before)]
-    for number, (x, width, said) in enumerate(_cells(row)):
-        changed = before is not None and said != was[number]
-        stale = number >= 9 and said == "W" and not row.spte[number - 9]
-        if stale:
+def _cells_parts(row: Row, before: Row | None, numbers: range) -> list[str]:
+    """Some cells of a row: framed if they changed; with a broken frame what a TLB allows more than its SPTE."""
+    was, parts, same = before and _cells(before), list[str](), list[str]()
+    for number in numbers:
+        x, width, said = _cells(row)[number]
+        changed = was is not None and said != was[number][2]
+        if number >= 9 and said == "W" and not row.spte[number - 9]:
             extra = ' stroke-width="2.5" stroke-dasharray="5 3"'
             parts.append(box(x + 2, -16, width - 4, 21, "none", stroke=LOST, extra=extra))
         elif changed:
             parts.append(box(x + 2, -16, width - 4, 21, "none"))
         if said != " ":
-            (parts if changed or before is None else same).append(text(x + width / 2, 0, said, size=SIZE, bold=changed))
-    return [*parts, block(same, look="same")]
+            written = text(x + width / 2, 0, said, size=SIZE, bold=changed)
+            (parts if changed or was is None else same).append(written)
+    return [*parts, block(same, look="same")] if same else parts
+
+
+def row_parts(row: Row, before: Row | None) -> list[str]:
+    """A step: who does what, and the cells after it."""
+    guest = row.who.startswith("vCPU")
+    what = f"⟳ {row.what}" if row.flushed else row.what
+    label = [
+        text(WHO - 6, 0, row.who, size=SIZE, anchor="end", bold=guest),
+        text(WHO + 2, 0, what, size=SIZE, anchor="start", bold=guest or row.flushed),
+    ]
+    return [
+        block(label, narrow=LABEL_AT),
+        block(_cells_parts(row, before, range(6)), narrow=WORDS_AT),
+        block(_cells_parts(row, before, range(6, 12)), narrow=LETTERS_AT),
+    ]
 
 
 def _headings() -> list[str]:
-    parts = []
+    words, letters = list[str](), [text(SPTE - 2, 34, "page", size=SIZE, anchor="end")]
     for left, said in ((LIVE, "live bits"), (BUFFER, "buffer")):
-        parts.append(text(left + 1.5 * WORD, 16, said, size=SIZE, bold=True))
-        parts += [text(left + (n + 0.5) * WORD, 34, f"word {n}", size=SIZE) for n in range(3)]
+        words.append(text(left + 1.5 * WORD, 16, said, size=SIZE, bold=True))
+        words += [text(left + (n + 0.5) * WORD, 34, f"word {n}", size=SIZE) for n in range(3)]
     for left, said in ((SPTE, "SPTE"), (TLB, "TLB")):
-        parts.append(text(left + 1.5 * LETTER, 16, said, size=SIZE, bold=True))
-        parts += [text(left + (n + 0.5) * LETTER, 34, str(page), size=SIZE) for n, page in enumerate(SEEN_PAGES)]
-    return [*parts, text(SPTE - 2, 34, "page", size=SIZE, anchor="end")]
+        letters.append(text(left + 1.5 * LETTER, 16, said, size=SIZE, bold=True))
+        letters += [text(left + (n + 0.5) * LETTER, 34, str(page), size=SIZE) for n, page in enumerate(SEEN_PAGES)]
+    return [block(words, narrow=(WORDS_AT[0], 40)), block(letters, narrow=LETTERS_AT)]
 
 
 def pages_said(pages: Sequence[int]) -> str:
@@ -191,13 +214,15 @@ def harvest_picture(seen: Harvest) -> Picture:
     parts, told = _headings(), list[str]()
     for number, (before, row) in enumerate(pairwise([None, *seen.rows])):
         assert row is not None
-        parts.append(block(row_parts(row, before), (0, 56 + number * ROW), moment=number))
+        places = (0, 56 + number * ROW), (0, 102 + number * NARROW_ROW)
+        parts.append(block(row_parts(row, before), *places, moment=number))
         told.append(f"{row.who} {row.what}".strip() + ".")
-    bottom = 52 + len(seen.rows) * ROW
-    legend = "frame: changed by this step; broken frame: stale, the TLB still allows what the SPTE does not"
-    parts.append(text(8, bottom + 8, legend, anchor="start", size=SIZE))
+    bottom, low = 52 + len(seen.rows) * ROW, 88 + len(seen.rows) * NARROW_ROW
+    stale = "broken frame: the TLB allows what the SPTE does not"
+    parts += line_parts("frame: changed by this step;", stale, y=bottom + 8, low=low + 12)
     alt = f"This report: {pages_said(seen.now)}. The next: {pages_said(seen.next)}. Step by step: {' '.join(told)}"
-    return Picture(svg(TLB + 3 * LETTER + 10, bottom + 16, alt, parts), alt, told)
+    size, narrow = (TLB + 3 * LETTER + 10, bottom + 16), (NARROW_WIDE, low + 42)
+    return Picture(svg(*size, alt, parts, narrow), alt, told)
 
 
 def harvest_readout(seen: Harvest) -> str:

@@ -4,10 +4,10 @@ import xml.etree.ElementTree as ET
 from dataclasses import replace
 
 import pytest
-from drawn import moment, parts
+from drawn import moment, overlapping, parts
 
 from kvmbook.scenes import harvest
-from kvmbook.views import slot_panels
+from kvmbook.views import Picture, slot_panels
 
 PANELS = (slot_panels.which_errno, slot_panels.word_by_word)
 
@@ -25,14 +25,17 @@ def test_every_combination_is_carried_and_agrees_with_a_live_answer(make):
         assert all(float(text.get("font-size", 14)) >= 13 for text in picture.iter("{http://www.w3.org/2000/svg}text"))
 
 
+@pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize("make", PANELS)
-def test_nothing_is_drawn_beyond_the_picture(make):
+def test_nothing_is_drawn_beyond_the_picture_and_no_words_overlap(make, narrow):
     panel = make()
     for state in panel.states.values():
-        found, (width, height) = parts(state["svg"])
+        found, (width, height) = parts(state["svg"], narrow)
         for part, x, y in found:
             assert 0 <= x and x + float(part.get("width", 0)) <= width
             assert 0 <= y and y + float(part.get("height", 0)) <= height
+        assert not overlapping(Picture(state["svg"], ""), narrow)
+        assert not narrow or width <= 540  # legible on a phone
 
 
 def test_what_the_panels_say_first_and_what_the_text_promises():
