@@ -67,6 +67,7 @@ def one_page(pages: pathlib.Path) -> str:
             last = name
         articles[name] = article.extract()
     make_compact(whole, articles["function-map"])
+    articles["cheat-sheet"]["class"] = "kvmbook-sheet"
     parts = list(articles.items())
     parts.insert(list(articles).index(last) + 1, ("solutions", solutions))
     whole.body.clear()

@@ -30,7 +30,8 @@ def number_of_pages(path):
 
 def test_solutions_come_after_the_chapters_and_before_the_appendices(whole):
     order = [article["id"] for article in whole.find_all("article") if "id" in article.attrs]
-    assert order == ["index", *CHAPTERS, "solutions", "function-map", "glossary", "lecturers-guide"]
+    appendices = [pdf.name_of(file) for file in book.contents(book.ROOT) if file.startswith("book/")]
+    assert order == ["index", *CHAPTERS, "solutions", *appendices] and "cheat-sheet" in appendices
     listed = [link["href"] for link in whole.select(".kvmbook-contents a")]
     assert listed == [f"#{name}" for name in order]
 
@@ -69,17 +70,18 @@ def test_the_pdf_is_one_book_without_links_that_lead_nowhere(pages, whole, brows
     assert not list(pages.glob("print.html"))
 
 
-def test_the_function_map_is_printed_on_six_pages_at_most(pages, whole, browser, tmp_path):
+@pytest.mark.parametrize(("name", "most"), [("function-map", 6), ("cheat-sheet", 1)])
+def test_an_appendix_to_look_things_up_in_is_printed_on_few_pages(pages, whole, browser, tmp_path, name, most):
     alone = copy.copy(whole)
     for article in alone.find_all("article"):
-        if article.get("id") != "function-map":
+        if article.get("id") != name:
             article.extract()
     try:
         (pages / pdf.PRINT_NAME).write_text(str(alone))
-        pdf.print_page(pages / pdf.PRINT_NAME, tmp_path / "map.pdf", browser)
+        pdf.print_page(pages / pdf.PRINT_NAME, tmp_path / "one.pdf", browser)
     finally:
         (pages / pdf.PRINT_NAME).unlink()
-    assert 1 <= number_of_pages(tmp_path / "map.pdf") <= 6
+    assert 1 <= number_of_pages(tmp_path / "one.pdf") <= most
 
 
 def test_what_needs_a_click_is_not_printed(pages, browser):
