@@ -12,7 +12,7 @@ edit: install-lab
 	@$(BIN)/python tools/reading.py --sources
 
 test: install-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The pages, for a web server or a disk: build/book/_build/html. Unchanged chapters are not run again.
 book: install-book
