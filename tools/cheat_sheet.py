@@ -34,8 +34,8 @@ INTRODUCTION = "Made when the book is built, by asking the model. The [glossary]
 
 # ---- bits ------------------------------------------------------------------------------------------------------------
 
-FORMATS = {"EPT": SpteFormat.ept(), "EPT without A/D": SpteFormat.ept(ad_bits=False), "NPT": SpteFormat.npt()}
-FORMATS["shadow paging"] = SpteFormat.shadow()
+FORMATS = {"EPT": SpteFormat.ept(), "EPT, no A/D": SpteFormat.ept(ad_bits=False), "NPT": SpteFormat.npt()}
+FORMATS["shadow"] = SpteFormat.shadow()
 
 
 def bits() -> Iterator[tuple[str, ...]]:
