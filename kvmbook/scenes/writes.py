@@ -119,7 +119,7 @@ def caught(way: str = WAYS[0], pages: int = 600) -> Caught:
         told.write(everything[1:])
     again = [told.write(everything) for _ in range(WRITE_TIMES - 1)]
     often = f"writes {'all' if pages > 1 else 'it'}, {WRITE_TIMES}×"
-    told.writes(often, again[-1], "every write" if way == "emulation" else "first writes")
+    told.writes(often, again[-1], "each write" if way == "emulation" else "each page once")
     noted = told.counts[-1]
     reported = told.harvests()
     missed = len(told.vm.missed_dirty(0))

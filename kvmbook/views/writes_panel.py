@@ -11,11 +11,16 @@ ROW = 36  # from one count to the next
 DEEP = BELOW + 3 * ROW + 14  # a column of the timeline, and its counts
 
 
-def _count(row: int, said: str, part: float, changed: bool) -> str:
-    """One count: a number over a bar that is full where all is."""
+def counted(number: int, what: str) -> str:
+    """A number of things in words."""
+    return f"{number:,} {what}{'s' * (number != 1)}" if number else f"no {what}"
+
+
+def _count(row: int, said: str, part: float | None, changed: bool) -> str:
+    """One count: a number, over a bar that is full where all is (``part``: how much; None: there is no bar)."""
     y, wide = BELOW + row * ROW, COLUMN - 14
     parts = [text(COLUMN / 2 + 5, y + 18, said, size=SIZE, bold=changed)]
-    if row < 2:
+    if part is not None:
         parts.append(box(12, y + 24, wide, 7, "none"))
         parts += [box(12, y + 24, max(4, wide * part), 7, LOOK["reported"][0])] if part else []
     return block(parts, look="" if changed else "same")
@@ -23,12 +28,13 @@ def _count(row: int, said: str, part: float, changed: bool) -> str:
 
 def _counts(now: Counts, before: Counts | None, pages: int) -> list[str]:
     """What is noted after a moment: in the buffer, in the bitmap; and the exits."""
-    buffer = "no buffer" if now.buffer is None else f"{now.buffer} of {PML_PLACES}"
+    none = now.buffer is None
+    buffer = "no buffer" if none else f"{now.buffer} of {PML_PLACES}"
     new = [before is None or here != there for here, there in zip(now, before or now, strict=True)]
     return [
-        _count(0, buffer, (now.buffer or 0) / PML_PLACES, new[0]),
+        _count(0, buffer, None if none else (now.buffer or 0) / PML_PLACES, new[0] and not none),
         _count(1, f"{now.bitmap} of {pages}", now.bitmap / pages, new[1]),
-        _count(2, f"{now.exits:,}", 0, new[2]),
+        _count(2, f"{now.exits:,}", None, new[2]),
     ]
 
 
@@ -43,7 +49,7 @@ def _names(row: int) -> str:
 def _sentence(said: str, now: Counts) -> str:
     """A moment in words, with its counts."""
     buffer = "" if now.buffer is None else f"{now.buffer} in the buffer, "
-    return f"{said} {buffer}{now.bitmap} in the bitmap, {now.exits:,} exits so far."
+    return f"{said} {buffer}{now.bitmap} in the bitmap, {counted(now.exits, 'exit')} so far."
 
 
 def caught_picture(seen: Caught) -> Picture:
@@ -58,11 +64,6 @@ def caught_picture(seen: Caught) -> Picture:
     alt = f"{caught_readout(seen)} Page 0: {' '.join(told)}"
     width = LEFT + len(seen.moments) * COLUMN + 4
     return Picture(svg(width, DEEP, alt, parts, narrow_size(seen.moments, DEEP)), alt, told)
-
-
-def counted(number: int, what: str) -> str:
-    """A number of things in words."""
-    return f"{number:,} {what}{'s' * (number != 1)}" if number else f"no {what}"
 
 
 def caught_readout(seen: Caught) -> str:
