@@ -171,7 +171,7 @@ def _saved_by_a_flush_after(run: Result, moment: int) -> bool:
 
 
 def _runs_10_3() -> dict[str, Result]:
-    """Losing runs: of reclaim alone, of chapter 9's SPTE made twice, and one in which a TLB forgets and is filled once more."""
+    """Losing runs: of reclaim alone, of an SPTE made twice, and one in which a TLB forgets and is filled once more."""
     reclaim = explore(NO_AD, NO_FLUSH, without=("ages",))
     by_access = explore(NO_AD, NO_FLUSH, without=("ages",), grain=Grain.ACCESS)
     assert by_access.trace is not None
