@@ -188,10 +188,10 @@ class Harvest:
     missed: tuple[int, ...]
 
 
-def logged_vm(protocol: str = "GET clears", npages: int = NPAGES, kernel: Kernel = Kernel.v6_0) -> Vm:
+def logged_vm(protocol: str = "GET clears", npages: int = NPAGES) -> Vm:
     """A VM without A/D bits whose slot 0, ``npages`` pages from gfn 0x200, was mapped and then logs by ``protocol``, a key
     of `PROTOCOLS`."""
-    vm = Vm(Hardware.ept(ad_bits=False), kernel)
+    vm = Vm(Hardware.ept(ad_bits=False), Kernel.v6_0)
     vm.enable_cap_manual_dirty_log_protect2(PROTOCOLS[protocol])
     vm.set_user_memory_region(slot=0, base_gfn=BASE_GFN, npages=npages)
     for page in SEEN_PAGES:
