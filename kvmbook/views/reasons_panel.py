@@ -8,7 +8,7 @@ from kvmbook.scenes import ACTS, BY_RULES, CARELESS, ENABLES, GUARDS, NOT_WRITAB
 from kvmbook.views.drawing import INK, LOOK, LOST, Picture, block, box, svg, text
 from kvmbook.views.panel import Panel, View
 
-SIZE, ROW, TOP = 15, 24, 44
+SIZE, ROW, TOP = 15, 23, 42
 WHO, WHAT = 72, 290  # widths of the columns: who acts, what; then lock, chain, R and X, TLB
 LOCK, LINK, GAP, RIGHTS, TLB = 56, 32, 14, 44, 76
 CHAIN_AT = LOCK + 10
@@ -94,11 +94,11 @@ def give_back_picture(act: Act) -> Picture:
         assert row is not None
         parts.append(block(_row(row, before, number, number == act.harmed), moment=number))
         told.append(sentence(row))
-    high = TOP + len(act.rows) * ROW + 22
+    high = TOP + len(act.rows) * ROW + 20
     size, narrow = (WHO + WHAT + CELLS + 26, high), (CELLS + 4, high + len(act.rows) * ROW)
     legend = text(0, -6, LEGEND, size=SIZE, anchor="start")
     parts.append(block([legend], (WHO, high), (2, narrow[1])))
-    alt = f"{' '.join(told)} {act.harm or 'No harm is done'}."
+    alt = f"{' '.join(told)} {f'Harm: {act.harm}' if act.harm else 'No harm is done'}."
     return Picture(svg(*size, alt, parts, narrow), alt, told)
 
 
