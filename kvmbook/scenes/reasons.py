@@ -25,7 +25,7 @@ def reasons_of(fmt: SpteFormat, spte: int) -> set[int]:
     """The reasons (keys of `REASONS`) that a present leaf shows for its W=0; none if W is set.
 
     What a word may hide is left out: an access-tracked page may be one of a slot that logs, and "dirty logging" is also what
-    is left of access tracking after a read. Source: mmu/spte.h: is_writable_pte(), v6.0 (its comment).
+    is left of access tracking after a read. The kernel lists them above is_writable_pte(), mmu/spte.h, v6.0.
     """
     if fmt.is_writable_pte(spte):
         return set()
