@@ -110,7 +110,7 @@ def accesses_07_1(seed: int = 1) -> list[AccessRow]:
 def _look_at(row: AccessRow, right: str) -> str:
     """What decides about a row."""
     if right == "no fault":
-        return "what does the SPTE allow at this moment? A fault needs an access that it does not allow"
+        return "what do TLB and SPTE allow at this moment? A fault needs an access that they do not allow"
     if right == "emulated":
         return "KVM shadows that page; may the guest ever write it by itself?"
     if row.hardware == "shadow paging":

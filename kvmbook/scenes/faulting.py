@@ -38,6 +38,11 @@ def _aged(vm: Vm) -> None:
     vm.clear_flush_young(BASE_GFN, BASE_GFN + 1)
 
 
+def _written(vm: Vm) -> None:
+    _log(vm)
+    vm.vcpu[0].write(BASE_GFN)
+
+
 def _guarded(vm: Vm) -> None:
     _mapped(vm)
     vm.track_guest_page_table(BASE_GFN)
@@ -50,6 +55,7 @@ PAGES_NOW: dict[str, Callable[[Vm], None]] = {
     "not mapped": _not_mapped,
     "2M, write-protected": _mapped,
     "guest page table": _guarded,
+    "just written": _written,
 }
 # What vCPU 0 does: the access, and the state of its page.
 ACCESSES = {
@@ -59,6 +65,7 @@ ACCESSES = {
     "writes a page not mapped": ("write", "not mapped"),
     "writes a protected 2M page": ("write", "2M, write-protected"),
     "writes a guest page table": ("write", "guest page table"),
+    "writes a page just written": ("write", "just written"),
 }
 ENDS = (Outcome.HIT, Outcome.WALK, Outcome.EMULATED)  # of an access
 FAST = ("fast_page_fault", "fast_pf_fix_direct_spte", "mark_page_dirty_in_slot")

@@ -12,21 +12,18 @@ from kvmbook.views.run_figures import LOSS
 SIZE, ROW, TOP = 15, 24, 24
 LANES = ("guest", "fast", "slow", "other")
 LANE, TAG = 50, 48  # an actor's lane, and the mark in it
-STEP, SAID, LOCK, SPTE, BIT, WIDE = 210, 408, 754, 818, 982, 1016  # where the columns begin, and where all ends
+STEP = 56  # from the tag to the step's name
+SAID, LOCK, SPTE, BIT, WIDE = 408, 754, 818, 982, 1016  # where the columns begin, and where all ends
 LOCK_WIDE, SPTE_WIDE, BIT_WIDE = 58, 158, 28
-NARROW_STEP, NARROW_SPTE, NARROW = (
-    60,
-    262,
-    466,
-)  # the narrow form has two lines a row: step and page, then result and lock
+NARROW_SPTE, NARROW = 262, 466  # the narrow form has two lines a row: step and page, then result and lock
 GREY = LOOK["read-only"][0]
 
 
-def _tag(lane: str) -> list[str]:
-    """Who acts; a guest's tag is round."""
-    shape = f'width="{TAG}" height="19" rx="{8 if lane == "guest" else 2}" fill="{GREY}" stroke="currentColor"'
-    tag = text(TAG / 2, 17, lane, size=SIZE, fill=INK, bold=lane in ("fast", "slow"))
-    return [f'<rect y="2" {shape}/>', tag]
+def _step(step: FaultStep) -> list[str]:
+    """Who acts (a guest's tag is round), and what the step is called."""
+    shape = f'width="{TAG}" height="19" rx="{8 if step.lane == "guest" else 2}" fill="{GREY}" stroke="currentColor"'
+    tag = text(TAG / 2, 17, step.lane, size=SIZE, fill=INK, bold=step.lane in ("fast", "slow"))
+    return [f'<rect y="2" {shape}/>', tag, text(STEP, 17, step.step, size=SIZE, anchor="start")]
 
 
 def _lock(lock: str) -> list[str]:
@@ -65,27 +62,27 @@ def _row(step: FaultStep, before: FaultStep | None) -> list[str]:
     result = [text(0, 17, said, size=SIZE, anchor="start", bold=True)] if said else []
     result += _lock(step.lock)
     return [
-        block(_tag(step.lane), (4 + LANES.index(step.lane) * LANE, 0), (4, 0)),
-        block([text(0, 17, step.step, size=SIZE, anchor="start")], (STEP, 0), (NARROW_STEP, 0)),
-        *[block(result, (SAID, 0), (NARROW_STEP, ROW))] * bool(result),
+        block(_step(step), (4 + LANES.index(step.lane) * LANE, 0), (4, 0)),
+        *[block(result, (SAID, 0), (4 + STEP, ROW))] * bool(result),
         block(_page(step, before), (SPTE, 0), (NARROW_SPTE, 0)),
     ]
 
 
 def _sentence(step: FaultStep) -> str:
     """A row in words."""
-    who = {"guest": "vCPU 0 ", "other": ""}.get(step.lane, f"KVM, {step.lane}: ")
+    who = {"guest": "vCPU 0 ", "other": ""}.get(step.lane, "KVM: ")
     what = f"{who}{step.step}{f': {step.said}' * bool(step.said)}.{' Flush.' * step.flushed}"
     lock = f" mmu_lock held for {step.lock}." if step.lock else ""
-    return f"{what[0].upper()}{what[1:]}{lock} SPTE: {'2M ' * step.huge}{step.spte}; bit {step.bit:d}."
+    first = what[0] if what.startswith("vCPU") else what[0].upper()
+    return f"{first}{what[1:]}{lock} SPTE: {'2M ' * step.huge}{step.spte}; bit {step.bit:d}."
 
 
 def _headings() -> list[str]:
-    left = ((STEP, "step"), (SAID, "what comes of it"))
+    left = ((4, "step"), (SAID, "what comes of it"))
     over = ((LOCK + LOCK_WIDE / 2 - 6, "mmu_lock"), (SPTE + SPTE_WIDE / 2, "SPTE"), (BIT + BIT_WIDE / 2, "bit"))
     wide = [text(x, 16, said, size=SIZE, bold=True, anchor="start") for x, said in left]
     wide += [text(x, 16, said, size=SIZE, bold=True) for x, said in over]
-    narrow = [text(NARROW_STEP, 16, "step, result, mmu_lock", size=SIZE, bold=True, anchor="start")]
+    narrow = [text(4, 16, "step, result, mmu_lock", size=SIZE, bold=True, anchor="start")]
     narrow += [text(x - SPTE + NARROW_SPTE, 16, said, size=SIZE, bold=True) for x, said in over[1:]]
     return [block(wide, look="wide"), block(narrow, look="narrow")]
 
@@ -111,6 +108,8 @@ def path_picture(path: AccessPath) -> Picture:
 def path_readout(path: AccessPath, kind: str) -> str:
     """What was found: which way, with which lock, and why."""
     ways, said = path.ways, [step.said for step in path.steps]
+    if ways == ("hit",):
+        return f"No fault: the TLB allows a {kind}, so nobody looks at the SPTE."
     if ways == ("walk",):
         return f"No fault: the SPTE allows a {kind}, so the CPU's walk is all, and KVM is not asked."
     if ways[-1] == "emulated":
