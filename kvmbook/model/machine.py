@@ -7,6 +7,7 @@ still to come, which lock it holds, what it has learned. So a machine can be cop
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -416,8 +417,8 @@ class Machine:
 
     def copy(self) -> Self:
         """An independent copy of everything, operations in flight included. What never changes is shared."""
-        shared = (self.hardware, self.kernel, self.fmt, self.l1_root, self.l2_root)
-        return copy.deepcopy(self, {id(self.log): list(self.log), **{id(value): value for value in shared}})
+        other: Self = copied(self, {id(self.log): list(self.log)})
+        return other
 
     def state(self) -> Any:
         """A hashable value: machines with equal states have equal futures. (Not the other way round: numbers that only
@@ -426,19 +427,58 @@ class Machine:
         return id(self.kernel), freeze([getattr(self, name) for name in names])
 
 
+PLAIN = frozenset([int, bool, str, type(None)])
+
+
+@functools.cache
+def fields_that_change(kind: type) -> tuple[str, ...]:
+    """The names of the fields of a dataclass whose objects can change: one that is not frozen, or a slot, for its bitmap."""
+    changes = is_dataclass(kind) and (kind is MemorySlot or not getattr(kind, "__dataclass_params__").frozen)
+    return tuple(each.name for each in fields(kind)) if changes else ()
+
+
+def copied(value: Any, memo: dict[int, Any]) -> Any:
+    """What ``copy.deepcopy`` makes, but fast: keys and what is frozen are shared. ``memo``: what is copied already."""
+    kind: Any = type(value)
+    if kind in PLAIN:
+        return value
+    if (known := memo.get(id(value))) is not None:
+        return known
+    new: Any
+    if kind is list:
+        memo[id(value)] = new = []
+        new += [copied(item, memo) for item in value]
+    elif kind is dict:
+        memo[id(value)] = new = {}
+        new.update((key, copied(item, memo)) for key, item in value.items())
+    elif kind is np.ndarray or kind is set:
+        memo[id(value)] = new = value.copy()
+    elif fields_that_change(kind):
+        memo[id(value)] = new = object.__new__(kind)
+        new.__dict__.update((name, copied(item, memo)) for name, item in value.__dict__.items())
+    elif is_dataclass(kind):
+        new = value
+    else:
+        new = copy.deepcopy(value, memo)
+    return new
+
+
 def freeze(value: Any) -> Any:
     """A hashable stand-in for nested dataclasses, containers and arrays; equal values give equal stand-ins."""
-    if isinstance(value, np.ndarray):
+    kind: Any = type(value)
+    if kind in PLAIN:
+        return value
+    if kind is np.ndarray:
         full = np.flatnonzero(value)
         return value.shape, full.tobytes(), value.flat[full].tobytes()
-    if isinstance(value, dict):
-        return frozenset((key, freeze(item)) for key, item in value.items())
+    if kind is dict:
+        return frozenset([(key, freeze(item)) for key, item in value.items()])
     if isinstance(value, list | tuple):
-        return tuple(freeze(item) for item in value)
-    if isinstance(value, set):
+        return tuple([freeze(item) for item in value])
+    if kind is set:
         return frozenset(value)
-    if is_dataclass(value) and not getattr(value, "__dataclass_params__").frozen:
-        return type(value).__name__, tuple(freeze(getattr(value, f.name)) for f in fields(value))
-    if isinstance(value, MemorySlot):
+    if kind is MemorySlot:
         return value, freeze(value.dirty_bitmap)
+    if names := fields_that_change(kind):
+        return kind.__name__, tuple([freeze(getattr(value, name)) for name in names])
     return value
