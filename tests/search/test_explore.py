@@ -17,6 +17,7 @@ from kvmbook.search import (
     PageSteps,
     Pairs,
     Search,
+    Space,
     act,
     any_number,
     control_of,
@@ -102,7 +103,7 @@ def test_along_random_runs_of_two_pages_and_two_vcpus_the_steps_are_those_of_the
     """In every state of the run: the same steps are possible, and each leads to the same state."""
     rng = random.Random(f"{name} {policy}")
     for grain in (Grain.ACCESS, Grain.FAULT):
-        space = space_of(HARDWARE[name], kernel(policy), 2, 2, grain)
+        space = Space(Pairs(golden.steps_of(name, 2, 2, grain).with_flush(FlushPolicy[policy])), 2)
         search = Search(space)
         vm = smallest_vm(HARDWARE[name], kernel(policy), 2, 2, grain)
         for _ in range(40):
