@@ -5,4 +5,4 @@ whoever writes the next chapter's, stands below.
 """
 
 from kvmbook.exercises.mechanism import Answer, Run, checker, question
-from kvmbook.exercises.vms import PAGES, aged, enable, lost_while_logging, slot_was_touched
+from kvmbook.exercises.vms import PAGES, WatchedVm, aged, enable, lost_while_logging, slot_was_touched

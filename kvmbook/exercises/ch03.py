@@ -67,20 +67,21 @@ def quiz_03_3() -> Answer:
 
 # ---- exercise 1: decode ----------------------------------------------------------------------------------------------
 
+READ_ANEW = "another vCPU, which remembers nothing, reads it"  # who remembers the page may hit, and then A stays 0
 MADE_AGAIN = "a second fault makes it again"  # over W = 1: without D, where there is a D bit
 STEPS: dict[str, Callable[[SpteFormat, int], int]] = {
     "the host ages it": lambda fmt, spte: int(fmt.mmu_spte_age(spte).spte),
-    "a vCPU reads it": after_read,
+    READ_ANEW: after_read,
     "it is write-protected for logging": lambda fmt, spte: int(fmt.spte_write_protect(spte).spte),
     "it is protected for shadow paging": lambda fmt, spte: int(fmt.spte_write_protect(spte, pt_protect=True).spte),
     MADE_AGAIN: lambda fmt, spte: make_again(fmt, spte),
 }
 SKETCHES = (
     ("the host ages it",),
-    ("the host ages it", "a vCPU reads it"),
+    ("the host ages it", READ_ANEW),
     ("it is write-protected for logging", "the host ages it"),
     ("it is protected for shadow paging", "the host ages it"),
-    ("it is protected for shadow paging", "the host ages it", "a vCPU reads it"),
+    ("it is protected for shadow paging", "the host ages it", READ_ANEW),
 )
 
 
@@ -231,14 +232,16 @@ def _why_no_origin(fmt: SpteFormat, word: int, spte: int) -> str:
         return f"you name {word:016x}, a word that KVM never makes: {broken}"
     aged = fmt.mmu_spte_age(word).spte
     if aged == word:
-        return f"you name {word:016x}, which is old, so ageing leaves it as it is"
+        return f"you name {word:016x}, which is not young, so ageing leaves it as it is"
     return f"you name {word:016x}, which ageing turns into {aged:016x}"
 
 
 def _what_is_missing(fmt: SpteFormat, spte: int, said: Collection[int], many: int) -> str:
     """Where to look for origins of ``spte`` that a reader has not named."""
+    if not said:
+        return f"it has {_words(many)} as origins, and you name none; is it young, and what is its type?"
     if spte not in said:
-        return f"you miss {_words(many)}; what does ageing do to a word that is old already?"
+        return f"you miss {_words(many)}; what does ageing do to a word that is not young?"
     if fmt.spte_ad_enabled(spte):
         return f"you miss {_words(many)}; which one bit does ageing clear, if the type says that there is an A bit?"
     return f"you miss {_words(many)}; two of R, W and X were saved: which bit says whether the third may have been set?"

@@ -1,6 +1,8 @@
 """The VMs that exercises start from, and what several of them ask of one at the end."""
 
-from kvmbook.model import Hardware, Kernel, MemorySlot, Vm
+from typing import Any
+
+from kvmbook.model import Hardware, Kernel, MemorySlot, Operation, SetUserMemoryRegion, Vm
 from kvmbook.scenes import BASE_GFN
 
 PAGES = 16
@@ -12,9 +14,40 @@ def enable(vm: Vm, slot: int = 0) -> None:
     vm.set_user_memory_region(slot=slot, base_gfn=old.base_gfn, npages=old.npages, log_dirty_pages=True)
 
 
-def aged(hardware: Hardware, kernel: Kernel, pages: int = PAGES) -> Vm:
+class WatchedVm(Vm):
+    """A VM that counts the flushes of each operation, so that one that was made by hand, inside the model, shows."""
+
+    def __init__(self, hardware: Hardware, kernel: Kernel, **more: Any) -> None:
+        super().__init__(hardware, kernel, **more)
+        self.flushes_of: dict[Operation, int] = {}
+
+    def step(self, operation: Operation) -> None:
+        before = self.counters.flushes
+        try:
+            super().step(operation)
+        finally:
+            self.flushes_of[operation] = self.flushes_of.get(operation, 0) + self.counters.flushes - before
+
+    @property
+    def was_flushed(self) -> bool:
+        """Whether any operation has flushed."""
+        return any(self.flushes_of.values())
+
+    @property
+    def was_flushed_by_hand(self) -> bool:
+        """Whether there was a flush that no operation has made."""
+        return self.counters.flushes != sum(self.flushes_of.values())
+
+    @property
+    def enabling_flushed(self) -> bool:
+        """Whether the last change of slot 0 has flushed."""
+        changes = [op for op in self.flushes_of if isinstance(op, SetUserMemoryRegion) and op.region.slot == 0]
+        return bool(self.flushes_of[changes[-1]])
+
+
+def aged(hardware: Hardware, kernel: Kernel, pages: int = PAGES) -> WatchedVm:
     """Two vCPUs and one slot of ``pages``, all read by vCPU 0, then aged; logging is off."""
-    vm = Vm(hardware, kernel, vcpus=2)
+    vm = WatchedVm(hardware, kernel, vcpus=2)
     vm.set_user_memory_region(slot=0, base_gfn=BASE_GFN, npages=pages)
     for gfn in range(BASE_GFN, BASE_GFN + pages):
         vm.vcpu[0].read(gfn)

@@ -84,12 +84,14 @@ def rights_in_words(fmt: SpteFormat, spte: int) -> str:
 
 
 def age_in_words(fmt: SpteFormat, spte: int) -> str:
-    """Young or old, and if it is writable whether a write would set D first."""
+    """Young or not, dirty or not; "clean" only of a writable one with a D bit: a write would set D first."""
     if not fmt.is_shadow_present_pte(spte):
         return ""
-    young = "Young" if fmt.is_accessed_spte(spte) else "Old"
+    young = "Young" if fmt.is_accessed_spte(spte) else "Not young"
     clean = fmt.is_writable_pte(spte) and not fmt.is_dirty_spte(spte)
-    return f"{young}, {'clean: the first write sets D' if clean else 'dirty' if fmt.is_dirty_spte(spte) else 'clean'}."
+    return (
+        f"{young}, {'clean: the first write sets D' if clean else 'dirty' if fmt.is_dirty_spte(spte) else 'not dirty'}."
+    )
 
 
 def why_not_writable(fmt: SpteFormat, spte: int) -> str:
@@ -139,7 +141,7 @@ def _asks(helper: str, **how: bool) -> Operate:
 def _age(fmt: SpteFormat, spte: int) -> tuple[int, str]:
     new, young, pfn_dirty = fmt.mmu_spte_age(spte)
     told = "; it tells the host that the page is dirty" * bool(pfn_dirty)
-    return new, f"{'it was young' if young else 'it was old'}{told}; nobody has flushed"
+    return new, f"{'it was young' if young else 'it was not young'}{told}; nobody has flushed"
 
 
 def _restore(fmt: SpteFormat, spte: int) -> tuple[int, str]:

@@ -14,8 +14,8 @@ from kvmbook.scenes import region
 @pytest.mark.parametrize(
     ("number", "answer"),
     [
-        (1, "a slow fault: its mapping is gone"),
-        (2, "in this report"),
+        (1, "in this report"),
+        (2, "page 1"),
         (3, "one page is cleared and protected, the others are left alone"),
     ],
 )

@@ -4,10 +4,12 @@ import random
 
 import pytest
 
+from kvmbook import Hardware, Kernel, Vm
 from kvmbook.exercises import ch03
 from kvmbook.model import SpteFormat
 from kvmbook.scenes import (
     LEAVES,
+    after_read,
     broken_rule,
     fields,
     named_words,
@@ -42,6 +44,20 @@ def test_decoding_any_fresh_word(capsys):
             hint.startswith(f"No: your answer for '{wrong}' is wrong; ")
             and repr(right[wrong]) not in hint.split(";")[0]
         )
+
+
+def test_a_history_is_what_happens_to_a_page_whose_reader_remembers_nothing():
+    """Exercise 2's read is another vCPU's: whoever remembers the page hits its TLB, and then no word changes."""
+    vm = Vm(Hardware.ept(), Kernel.v5_19, vcpus=2)
+    vm.set_user_memory_region(slot=0, base_gfn=0x200, npages=1)
+    vm.vcpu[0].write(0x200)
+    vm.clear_young(0x200, 0x201)
+    aged = vm.spte(0x200)
+    vm.vcpu[0].read(0x200)
+    assert vm.spte(0x200) == aged
+    vm.vcpu[1].read(0x200)
+    assert vm.spte(0x200) == after_read(vm.fmt, aged) != aged
+    assert any("another vCPU, which remembers nothing, reads it" in str(ch03.history(seed)) for seed in range(9))
 
 
 def test_building_any_word(capsys):
@@ -99,6 +115,11 @@ YOUNG, OLD = (f"No: EPT without A/D bits, {word}" for word in ("0610000004567877
         ),
         (
             "check_03_3",
+            lambda fmt, spte: origins(fmt, spte) if fmt.spte_ad_enabled(spte) else [],
+            f"{OLD}: it has 3 words as origins, and you name none; is it young, and what is its type?\n",
+        ),
+        (
+            "check_03_3",
             lambda fmt, spte: origins(fmt, spte)[:1],
             f"{OLD}: you miss 2 words; two of R, W and X were saved",
         ),
@@ -120,7 +141,7 @@ YOUNG, OLD = (f"No: EPT without A/D bits, {word}" for word in ("0610000004567877
         (
             "check_03_3",
             lambda fmt, spte: [*origins(fmt, spte), *([spte ^ 1 << 54] if not fmt.is_accessed_spte(spte) else [])],
-            f"{OLD}: you name 0710000004567870, which is old, so ageing leaves it as it is\n",
+            f"{OLD}: you name 0710000004567870, which is not young, so ageing leaves it as it is\n",
         ),
         ("check_03_3", lambda fmt: [], "No: your answer raised TypeError"),
         (

@@ -77,6 +77,21 @@ def enable(vm):
     vm.set_user_memory_region(slot=0, base_gfn=0x200, npages=16, log_dirty_pages=True)
 
 
+def ages_then_writes(read, age):
+    """vCPU 0 reads the first pages, the host ages the first pages, logging is enabled, vCPU 0 writes all."""
+
+    def run(vm):
+        for gfn in range(0x200, 0x200 + read):
+            vm.vcpu[0].read(gfn)
+        if age:
+            vm.clear_young(0x200, 0x200 + age)
+        enable(vm)
+        for gfn in range(0x200, 0x210):
+            vm.vcpu[0].write(gfn)
+
+    return run
+
+
 def five_by_another_slot(vm):
     """Right, and quite different from the book's solution: a second slot's flush saves the other eleven."""
     for gfn in range(0x200, 0x210):
@@ -154,16 +169,44 @@ BLAMED = [("ages",), ("ages", "ages and flushes"), None]
         ("check_01_1", lambda vm: [vm.vcpu[1].read(0x200), vm.kvm_flush_remote_tlbs()], "No: exactly one vCPU"),
         ("check_01_1", lambda vm: vm.vcpu[0].write(0x200), "No: your access never reached KVM"),
         ("check_01_1", lambda vm: vm.vcpu[0].write(0x999), "No: the page that you touch is in no slot"),
+        ("check_01_1", lambda vm: [vm.vcpu[0].tlb.flush(), vm.vcpu[1].read(0x200)], "No: you reach into the model"),
+        (
+            "check_01_1",
+            lambda vm: [setattr(vm, "kernel", Kernel.v6_0), vm.vcpu[1].read(0x200)],
+            "No: you have replaced",
+        ),
         ("check_01_1", lambda vm: vm.nonsense, "No: your answer raised AttributeError"),
         ("check_01_1", lambda vm: [vm.vcpu[0].evict(0x205), vm.vcpu[0].write(0x205)], "Yes."),
         ("check_01_2", lambda vm: vm.vcpu[0].write(0x200), "No: your run must leave dirty logging enabled"),
         ("check_01_2", lambda vm: enable(vm), "No: 0 pages of the slot are written"),
         ("check_01_2", lambda vm: vm.set_user_memory_region(slot=0), "No: your run must leave"),
+        ("check_01_2", ages_then_writes(read=16, age=5), "No: no write is missed: enabling flushed. Which SPTE"),
+        ("check_01_2", ages_then_writes(read=5, age=0), "No: no write is missed: enabling flushed. Which SPTE"),
+        (
+            "check_01_2",
+            ages_then_writes(read=0, age=16),
+            "No: 0 writes are missed, not 5; for how many pages has a TLB",
+        ),
+        (
+            "check_01_2",
+            ages_then_writes(read=16, age=16),
+            "No: 16 writes are missed, not 5; for how many pages has a TLB",
+        ),
+        ("check_01_2", ages_then_writes(read=5, age=16), "Yes."),
+        ("check_01_2", lambda vm: [ages_then_writes(5, 16)(vm), vm.kvm_flush_remote_tlbs()], "No: you reach into"),
+        ("check_01_2", lambda vm: setattr(vm, "kernel", Kernel.v6_0), "No: you have replaced the VM's kernel"),
         ("check_01_2", five_by_another_slot, "Yes."),
         ("check_01_3", lambda vm: vm.vcpu[0].evict(0x200), "No: your rescue touches slot 0"),
         ("check_01_3", lambda vm: vm.set_user_memory_region(slot=0), "No: your rescue touches slot 0"),
         ("check_01_3", lambda vm: vm.vcpu[1].write(0x1001), "No: the write is missed"),
         ("check_01_3", lambda vm: vm.invalidate_range(0, 0x300), "No: your rescue touches slot 0"),
+        ("check_01_3", lambda vm: vm.clear_flush_young(0x200, 0x210), "No: your rescue touches slot 0"),
+        ("check_01_3", lambda vm: vm.clear_flush_young(0, 0x2000), "No: your rescue touches slot 0"),
+        ("check_01_3", lambda vm: vm.vcpu[0].tlb.flush(), "No: you reach into the model"),
+        ("check_01_3", lambda vm: vm.kvm_flush_remote_tlbs(), "No: you reach into the model"),
+        ("check_01_3", lambda vm: setattr(vm, "kernel", Kernel.v6_0), "No: you have replaced the VM's kernel"),
+        ("check_01_3", lambda vm: vm.clear_young(0x1000, 0x1008), "No: the write is missed"),
+        ("check_01_3", lambda vm: vm.clear_flush_young(0x1000, 0x1008), "Yes."),
         ("check_01_3", lambda vm: vm.invalidate_range(0x1000, 0x1001), "Yes."),
         ("check_01_3", lambda vm: vm.set_user_memory_region(slot=1), "Yes."),
         ("check_10_1", "abc", "No: give three answers"),
