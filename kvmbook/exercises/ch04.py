@@ -32,19 +32,20 @@ def _clean_by_two_faults(vm: Vm) -> None:
 
 @question("TLB hit", "walk", "fast fault", "slow fault")
 def quiz_04_1() -> Answer:
-    """A CPU without A/D bits. vCPU 0 has written page 0, and the host has aged it. Now vCPU 0 exits ten times, and then
-    writes page 1, which nobody has mapped. How does its next write of page 0 go?"""
+    """A CPU without A/D bits, logging is on. Both vCPUs remember R-X of a page, and vCPU 0 writes it. Then chance evicts
+    vCPU 1's entry, and vCPU 1 writes the page, too. How does vCPU 1's write go?"""
     vm = _vm()
+    vm.vcpu[0].read(BASE_GFN)
+    enable(vm)
+    for vcpu in vm.vcpu:
+        vcpu.read(BASE_GFN)
     vm.vcpu[0].write(BASE_GFN)
-    vm.clear_young(BASE_GFN, BASE_GFN + 1)
-    for _ in range(10):
-        vm.vcpu[0].exit()
-    vm.vcpu[0].write(BASE_GFN + 1)
+    vm.vcpu[1].evict(BASE_GFN)
     because = (
-        "An exit flushes nothing, and the fault on page 1 has made vCPU 0 forget what it had of page 1 only. "
-        "Its old entry of page 0 is still there, and stale."
+        "Forgetting helps. vCPU 0's fault has set W in the SPTE. vCPU 1 remembers nothing, so it walks, and meets the SPTE "
+        "of now. With its old R-X it would have faulted, for nothing."
     )
-    return Answer(str(vm.vcpu[0].write(BASE_GFN)), because)
+    return Answer(str(vm.vcpu[1].write(BASE_GFN)), because)
 
 
 @question("nothing", "all but the page that faulted", "all")
@@ -200,8 +201,7 @@ def check_04_2(run: Run) -> str:
     wrong = next(vcpu for vcpu in range(3) if now[vcpu] != WANTED[vcpu])
     hints = {
         "R-X": "an entry says R-X if the SPTE had no W when it was filled: who must come first?",
-        "RWX, clean": "an entry is clean if the SPTE had W and not yet D. A fast fault gives W back and leaves D alone: "
-        "what lies between the fault and the write that sets D?",
+        "RWX, clean": "an entry is clean if the SPTE had W and not yet D when it was filled: who gives W back, who sets D?",
         "RWX": "a write that has retired leaves RWX",
     }
     return f"vCPU {wrong} remembers {now[wrong]}, and should remember {WANTED[wrong]}; {hints[WANTED[wrong]]}"

@@ -83,6 +83,7 @@ from kvmbook.scenes.remembering import (
     Remembered,
     enable_up_to_the_flush,
     escapes,
+    met_beside,
     pairs_met,
     reach,
     read_below,

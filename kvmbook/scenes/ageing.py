@@ -12,7 +12,7 @@ AGED_ON = {
     "EPT without A/D bits": Hardware.ept(ad_bits=False),
     "EPT with A/D bits": Hardware.ept(ad_bits=True),
 }
-NO_FLUSH = Kernel.v6_0.with_(name="Linux v6.13", clear_flush_young_flushes=False)  # this one rule of v6.13
+NO_FLUSH = Kernel.v6_0.with_(name="Linux v6.0 with v6.13's rule", clear_flush_young_flushes=False)
 CALLS = {
     "clear_young": ("clear_young", Kernel.v6_0),
     "clear_flush_young": ("clear_flush_young", Kernel.v6_0),

@@ -78,6 +78,16 @@ def pairs_met(hardware: Hardware) -> tuple[tuple[TlbEntry, int], ...]:
     return tuple(sorted((tlb, spte) for tlb, spte in met if tlb is not None and fmt.is_shadow_present_pte(spte)))
 
 
+def met_beside(hardware: Hardware) -> dict[str, list[str]]:
+    """`pairs_met` in words: beside each entry, as a TLB is printed, the SPTEs of `spte_state`; ✕: a write passes unseen."""
+    fmt = Kernel.v6_0.spte_format(hardware.format)
+    met: dict[str, list[str]] = {}
+    for entry, spte in pairs_met(hardware):
+        said, states = spte_state(fmt, spte) + " ✕" * escapes(hardware, entry, spte), met.setdefault(str(entry), [])
+        states += [said] if said not in states else []
+    return met
+
+
 STATES = {
     "with A/D bits": (Hardware.ept(), "EPT with A/D bits", "D cleared for PML"),
     "without": (Hardware.ept(ad_bits=False), "EPT without A/D bits", "aged"),

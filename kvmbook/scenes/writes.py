@@ -13,7 +13,7 @@ from typing import NamedTuple
 from kvmbook.model import GetDirtyLog, Hardware, Kernel, Outcome, Vm
 from kvmbook.scenes.enabling import BASE_GFN, Moment, moment_of
 
-WAYS = ("D and PML", "W", "emulation", "nobody")
+WAYS = ("W", "D and PML", "emulation", "nobody")
 WRITE_TIMES = 10  # how often each page is written
 PML_PLACES = Hardware.ept(pml=True).pml_entries
 

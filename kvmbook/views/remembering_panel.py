@@ -9,7 +9,7 @@ from kvmbook.scenes import FIRST, LOWERED, NEXT, REMEMBERING, Recall, Remembered
 from kvmbook.views.drawing import INK, LOOK, LOST, Picture, block, box, svg, text
 from kvmbook.views.panel import Panel, View
 
-COLUMN, LEFT, SIZE = 150, 84, 15
+COLUMN, LEFT, SIZE = 160, 84, 15
 ROWS = (44, 94, 144)  # down to the TLB of vCPU 0, of vCPU 1, and the SPTE
 KVM_AT, BELOW = 206, 218
 A_ROW = 2  # moments beside each other in the narrow form

@@ -79,7 +79,7 @@ def caught_readout(seen: Caught) -> str:
 
 
 def one_write_four_ways() -> Panel:
-    """Chapter 05: the same writes, caught by D and PML, by W, by emulation, or by nobody."""
+    """Chapter 05: the same writes, caught by W, by D and PML, by emulation, or by nobody."""
 
     def show(way: str, pages: str) -> View:
         seen = caught(way, int(pages))

@@ -93,11 +93,11 @@ CLICKS = {
         ({"in_between": "the host takes the page"}, "One try came to nothing: the guest faults again."),
     ],
     one_write_four_ways: [
+        ({}, "6,000 writes to 600 pages: 600 exits."),
         (
-            {},
+            {"caught_by": "D and PML"},
             "6,000 writes to 600 pages: 1 exit. Before GET 512 are in the bitmap, 88 in the buffer; the report names 600.",
         ),
-        ({"caught_by": "W"}, "6,000 writes to 600 pages: 600 exits."),
         ({"caught_by": "emulation"}, "6,000 writes to 600 pages: 6,000 exits."),
         ({"caught_by": "nobody"}, "KVM's log cannot know of them."),
         ({"caught_by": "D and PML", "pages_written": "512"}, "5,120 writes to 512 pages: no exit."),

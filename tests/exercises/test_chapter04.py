@@ -15,7 +15,7 @@ def said(capsys, check, *answer, **variant):
 
 def test_the_answers_of_the_questions():
     asked = (ch04.quiz_04_1, ch04.quiz_04_2, ch04.quiz_04_3)
-    assert [quiz().answer for quiz in asked] == ["TLB hit", "nothing", "a fault: KVM sees it"]
+    assert [quiz().answer for quiz in asked] == ["walk", "nothing", "a fault: KVM sees it"]
 
 
 # ---- 1 ---------------------------------------------------------------------------------------------------------------

@@ -3,13 +3,26 @@
 import numpy as np
 import pytest
 
-from kvmbook.exercises.ch05 import check_05_1, check_05_2, check_05_3, truth_of, writes_05_3
+from kvmbook.exercises.ch05 import (
+    check_05_1,
+    check_05_2,
+    check_05_3,
+    quiz_05_1,
+    quiz_05_2,
+    quiz_05_3,
+    truth_of,
+    writes_05_3,
+)
 from kvmbook.model import GetDirtyLog, Kernel
 
 
 def says(check, answer, capsys, **variant):
     check(answer, **variant)
     return capsys.readouterr().out.strip()
+
+
+def test_the_answers_of_the_questions():
+    assert [quiz().answer for quiz in (quiz_05_1, quiz_05_2, quiz_05_3)] == ["300", "yes", "two"]
 
 
 # ---- 1: the bill -----------------------------------------------------------------------------------------------------

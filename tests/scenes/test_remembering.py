@@ -13,6 +13,7 @@ from kvmbook.scenes import (
     NEXT,
     REMEMBERING,
     escapes,
+    met_beside,
     pairs_met,
     reach,
     read_below,
@@ -63,6 +64,13 @@ def test_of_all_pairs_that_runs_bring_about_those_matter_that_say_w_and_dirty_wh
         seen = not (fmt.is_writable_pte(spte) and fmt.is_dirty_spte(spte))
         assert escapes(hardware, entry, spte) == (entry.write and entry.dirty and seen)
     assert {str(entry) for entry, _ in pairs_met(hardware)} <= set(ENTRIES)
+
+
+def test_beside_a_dirty_entry_alone_stand_sptes_that_matter():
+    for hardware in (NO_AD, PML):
+        beside = met_beside(hardware)
+        assert all(("✕" in " ".join(states)) == (entry == "RWX") for entry, states in beside.items())
+    assert beside == {"RWX, clean": ["clean", "writable"], "RWX": ["clean ✕", "writable"]}
 
 
 @pytest.mark.parametrize("case", CASES, ids=" ".join)

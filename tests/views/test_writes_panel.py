@@ -24,13 +24,12 @@ def test_every_combination_is_carried_in_little_room_and_agrees_with_a_live_answ
 
 
 def test_what_the_panel_says_first_and_for_each_way(panel):
-    said = (
+    assert "600 pages: 600 exits. Before GET 600" in panel.readout
+    assert panel.choose(caught_by="D and PML") == (
         "6,000 writes to 600 pages: 1 exit. Before GET 512 are in the bitmap, 88 in the buffer; the report names 600."
     )
-    assert panel.readout == said
     assert "512 pages: no exit. Before GET 0 are in the bitmap, 512 in the buffer" in panel.choose(pages_written="512")
-    assert "600 pages: 600 exits. Before GET 600" in panel.choose(caught_by="W", pages_written="600")
-    assert "600 pages: 6,000 exits." in panel.choose(caught_by="emulation")
+    assert "600 pages: 6,000 exits." in panel.choose(caught_by="emulation", pages_written="600")
     assert panel.choose(caught_by="nobody").endswith("the report names no page: KVM's log cannot know of them.")
 
 
