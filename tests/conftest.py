@@ -106,6 +106,9 @@ def pages(tmp_path_factory, request):
         return built if built.exists() else book.build(shared / "pages", stored=True)
 
 
+LEFT = "net::ERR_ABORTED"  # what a request ends with whose page is left before it is answered, as of its icon
+
+
 class Visit:
     """A page with what must not happen noted: ``foreign``, requests to another host, and ``errors``, of the console."""
 
@@ -115,7 +118,7 @@ class Visit:
         self.foreign, self.errors = [], []
         own = (home, "data:", "blob:", "about:")
         self.context.on("request", lambda r: None if r.url.startswith(own) else self.foreign.append(r.url))
-        self.context.on("requestfailed", lambda r: self.errors.append(f"failed: {r.url}"))
+        self.context.on("requestfailed", lambda r: r.failure == LEFT or self.errors.append(f"failed: {r.url}"))
         self.context.on("console", lambda m: self.errors.append(m.text) if m.type == "error" else None)
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
 
