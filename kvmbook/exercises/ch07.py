@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from kvmbook.exercises.mechanism import Answer, Run, checker, question
 from kvmbook.exercises.vms import PAGES, enable, lost_while_logging
-from kvmbook.model import GetDirtyLog, Hardware, Kernel, PageFault, Vm
+from kvmbook.model import Hardware, Kernel, Outcome, PageFault, Vm
 from kvmbook.scenes import BASE_GFN, FAULTS_ON, PAGES_NOW, follow, page_now
 
 NO_AD = Hardware.ept(ad_bits=False)
@@ -43,34 +43,41 @@ def quiz_07_1() -> Answer:
 
 @question("not at all", "for read", "for write")
 def quiz_07_2() -> Answer:
-    """No A/D bits. The host has aged a page, and the guest reads it. How is mmu_lock held while rights come back?"""
-    lock = follow("EPT without A/D", "aged", "read").lock
+    """No A/D bits, and the slot logs. A 2M page is write-protected, and then the host ages it. The guest reads it. How is
+    mmu_lock held while rights come back?"""
+    vm = page_now(NO_AD, "2M, write-protected")
+    vm.clear_flush_young(BASE_GFN, BASE_GFN + 1)
+    vm.vcpu[0].attempt("read", BASE_GFN)
+    fault, lock = vm.vcpu[0].fault, ""
+    while fault.todo:
+        lock = lock or fault.wants_lock(fault.todo[0]) or ""
+        vm.step(fault)
     because = (
-        "R and X are saved in the SPTE itself, so nothing has to be looked up: the fast path puts them back by one "
-        "compare-exchange. W stays away, and the page is not marked."
+        "It is W that a huge page must not get back in a slot that logs, and a read does not ask for W. R and X are saved "
+        "in the SPTE, whatever its size: one compare-exchange, no lock, and no mark."
     )
     return Answer(f"for {lock}" if lock else "not at all", because)
 
 
-@question("takes it: the write is lost", "takes it, and the write faults again", "must wait")
+@question("it faults once more, and is marked", "the next GET reports it", "it is lost")
 def quiz_07_3() -> Answer:
-    """The slow path marks the page before it stores the SPTE. In between, a harvest (GET) wants the mark. What happens?"""
+    """Take a KVM whose slow path drops mmu_lock after it has marked the page, and takes it again to store the SPTE. In
+    between, a GET comes. Then the SPTE is stored, and the guest writes. What becomes of that write?"""
     vm = page_now(NO_AD, "not mapped")
     vm.vcpu[0].attempt("write", BASE_GFN)
-    fault, harvest = _until(vm, 0, "set_spte"), vm.start(GetDirtyLog(0))
-    while not (blockers := harvest.waits_for(vm, harvest.todo[0])) and vm.dirty_bitmap()[0]:
-        vm.step(harvest)
-    because = (
-        "The fault holds mmu_lock from the mark to the store, and a harvest takes bits with mmu_lock held for write. Nobody "
-        "can see the mark without the SPTE. The fast path holds no lock, so it must do it the other way round."
-    )
-    if fault in blockers:
-        return Answer("must wait", because)
-    vm.run(harvest)
+    fault = _until(vm, 0, "set_spte")
+    fault.lock = None  # what no kernel does here
+    vm.get_dirty_log(0)
     vm.run(fault)
-    vm.vcpu[0].write(BASE_GFN)
-    lost = vm.missed_dirty(0).size
-    return Answer("takes it: the write is lost" if lost else "takes it, and the write faults again", because)
+    how = vm.vcpu[0].write(BASE_GFN)
+    because = (
+        "GET takes the mark and finds no SPTE to protect. Then the SPTE comes, with W: the write is a walk, and nobody is on "
+        "the way to mark it. Only because the lock is held from mark to store may the slow path mark first."
+    )
+    if vm.missed_dirty(0).size:
+        return Answer("it is lost", because)
+    faulted = how not in (Outcome.HIT, Outcome.WALK)
+    return Answer("it faults once more, and is marked" if faulted else "the next GET reports it", because)
 
 
 # ---- 1: eight rows ---------------------------------------------------------------------------------------------------
@@ -119,6 +126,8 @@ def _look_at(row: AccessRow, right: str) -> str:
         return "is there an SPTE that could be repaired?"
     if row.page.startswith("2M"):
         return "the log knows 4K pages only: may this SPTE become writable as it is?"
+    if row.page == "aged" and row.hardware == "EPT with A/D":
+        return "it is not its age that makes the access fault: the slot logs, so what has this SPTE lost beside A?"
     return "all that is missing is in the SPTE itself, or KVM may put it back at any time"
 
 
@@ -141,9 +150,12 @@ def check_07_1(ways: Sequence[str], seed: int = 1) -> str:
 MARKS_FIRST = Kernel.v6_0.with_(fast_path_marks_first=True)
 
 
-def _logging_vm(kernel: Kernel) -> Vm:
-    """Two vCPUs, and sixteen pages that were read before logging was enabled: protected, and no bit is set."""
+def _logging_vm(kernel: Kernel, manual: bool = False) -> Vm:
+    """Two vCPUs, and sixteen pages that were read before logging was enabled: protected, and no bit is set. ``manual``: user
+    space protects by itself, so GET only reports."""
     vm = Vm(NO_AD, kernel, vcpus=2)
+    if manual:
+        vm.enable_manual_dirty_log_protect()
     vm.set_user_memory_region(slot=0, base_gfn=BASE_GFN, npages=PAGES)
     for gfn in range(BASE_GFN, BASE_GFN + PAGES):
         vm.vcpu[0].read(gfn)
@@ -153,7 +165,7 @@ def _logging_vm(kernel: Kernel) -> Vm:
 
 def _also_lost_by_v6_0(run: Run) -> bool:
     """Whether a run loses a write in the right order, too."""
-    vm = _logging_vm(Kernel.v6_0)
+    vm = _logging_vm(Kernel.v6_0, manual=True)
     try:
         run(vm)
     except Exception:  # it counts on the other order
@@ -164,7 +176,7 @@ def _also_lost_by_v6_0(run: Run) -> bool:
 @checker
 def check_07_2(run: Run) -> str:
     """Lose a write because the mark comes before the exchange."""
-    vm = _logging_vm(MARKS_FIRST)
+    vm = _logging_vm(MARKS_FIRST, manual=True)
     logged = len(vm.log)
     run(vm)
     events = vm.log[logged:]
@@ -173,12 +185,12 @@ def check_07_2(run: Run) -> str:
         return f"{vm.in_flight[0].who} has not finished: its next step is {vm.in_flight[0].todo[0]}"
     if "mark_page_dirty_in_slot" not in steps:
         hint = "no fault has come as far as its mark. Which vCPU has to write which page?"
-    elif "find_words" not in steps:
-        hint = "nobody gets the log, so the mark stays where it is"
-    elif steps.index("find_words") < steps.index("mark_page_dirty_in_slot"):
-        hint = "the log is got before the mark is there"
-    elif steps.index("find_words") > steps.index("fast_pf_fix_direct_spte"):
-        hint = "the log is got after the exchange: it takes W again, with the mark. Stop the fault one step earlier"
+    elif "take_bits" not in steps:
+        hint = "nobody takes the mark, it stays where it is. With manual protection GET reports; which call takes?"
+    elif steps.index("take_bits") < steps.index("mark_page_dirty_in_slot"):
+        hint = "bits are taken before the mark is there"
+    elif steps.index("take_bits") > steps.index("fast_pf_fix_direct_spte"):
+        hint = "the mark is taken after the exchange, and W with it. Stop the fault one step earlier"
     else:
         hint = "the mark is taken too early, as it should be. Who writes then, and has the fault been finished before?"
     if said := lost_while_logging(vm, MARKS_FIRST, hint):

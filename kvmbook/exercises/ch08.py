@@ -233,9 +233,7 @@ def check_08_2(rule: FlushRule) -> str:
         if _flushes_and_missed(hardware, kernel, _map_read_only)[0]:
             return f"{hardware.name}: your rule flushes, although the only mapped page is read-only in the host"
     if _flushes_and_missed(NPT, kernel, _log_before)[0]:
-        return (
-            "NPT: your rule flushes when logging was switched off and on again. Ageing takes no W there, so ask for W"
-        )
+        return "NPT: your rule flushes when logging was switched off and on again. What does ageing take there?"
     for hardware in (NO_AD, NPT):
         if not any_number(hardware, kernel).safe:
             return f"{hardware.name}: chapter 10's search finds a run under your rule that loses a write"

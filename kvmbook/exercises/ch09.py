@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from kvmbook.exercises.mechanism import Answer, Run, checker, question
-from kvmbook.exercises.vms import PAGES
+from kvmbook.exercises.vms import PAGES, lost_under_always
 from kvmbook.model import FlushPolicy, Hardware, Kernel, Operation, Outcome, SpteFormat, TrackGuestPageTable, Vm
 from kvmbook.scenes import BASE_GFN, LEAVES, PFN, REASONS, page_with, reasons_of
 
@@ -20,8 +20,8 @@ def quiz_09_1() -> Answer:
     vm.vcpu[1].read(BASE_GFN)
     left = reasons_of(vm.fmt, vm.spte(BASE_GFN))
     because = (
-        "The read gives R and X back and ends the access tracking. W stays 0, since only a write proves that W is needed: so "
-        "the next write faults once more, and is marked."
+        "The read gives R and X back and ends the access tracking. W must stay 0: the next write has to fault, so that it is "
+        "marked."
     )
     both = "none: W is 1 again" if not left else "1 and 4"
     return Answer(f"{min(left)}, {REASONS[min(left)]}" if len(left) == 1 else both, because)
@@ -101,10 +101,11 @@ def words_09_1(seed: int = 1) -> list[tuple[str, int]]:
 
 def _first_wrong(name: str, spte: int, given: set[int], right: set[int]) -> str:
     """What to look at, where an answer is not right."""
-    fmt = LEAVES[name].fmt
     if (4 in given) != (4 in right):
+        if LEAVES[name].fmt.is_access_track_spte(spte):
+            return "look at R and X: has anybody taken them?"
         return "look at R and X, and at the type: which formats can be access-tracked at all?"
-    if fmt.is_mmu_writable_spte(spte):
+    if LEAVES[name].fmt.is_mmu_writable_spte(spte):
         return "look at MMU-writable: what does it say that KVM may do?"
     return "MMU-writable is 0; what does host-writable say?" if 1 not in given else "look at MMU-writable once more"
 
@@ -192,14 +193,20 @@ def _unseen_write(vm: Vm, logged: int) -> str:
 # ---- 3: against the alternative --------------------------------------------------------------------------------------
 
 
-@checker
-def check_09_3(run: Run) -> str:
-    """Lose a write with PML although the MMU-writable test decides about the flush, and every page has been written."""
-    kernel = Kernel.v5_19.with_(flush=FlushPolicy.IF_MMU_WRITABLE)
+def _all_written(kernel: Kernel) -> Vm:
+    """Two vCPUs with PML, and a slot of which vCPU 0 has written every page."""
     vm = Vm(Hardware.ept(pml=True), kernel, vcpus=2)
     vm.set_user_memory_region(slot=0, base_gfn=BASE_GFN, npages=PAGES)
     for gfn in range(BASE_GFN, BASE_GFN + PAGES):
         vm.vcpu[0].write(gfn)
+    return vm
+
+
+@checker
+def check_09_3(run: Run) -> str:
+    """Lose a write with PML although the MMU-writable test decides about the flush, and every page has been written."""
+    kernel = Kernel.v5_19.with_(flush=FlushPolicy.IF_MMU_WRITABLE)
+    vm = _all_written(kernel)
     logged = len(vm.log)
     run(vm)
     if vm.kernel is not kernel:
@@ -209,7 +216,7 @@ def check_09_3(run: Run) -> str:
     if (0, 0) not in vm.memslots.slots or not vm.memslots.slots[0, 0].logs_dirty:
         return "your run must leave dirty logging enabled"
     if len(vm.missed_dirty(0)):
-        return ""
+        return lost_under_always(_all_written, run)
     events = vm.log[logged:]
     enabled = max(n for n, event in enumerate(events) if event.step == "return_to_user_space")
     if not any(event.step == "write" for event in events[enabled:]):

@@ -124,7 +124,8 @@ def _hint_10_1(letter: str, names: Collection[str] | None) -> str:
         if name not in MAY_GO:
             return f"{letter}: {name!r} is none of {', '.join(MAY_GO)}"
     if not loss.is_cured_without(names):
-        return f"{letter}: a write is still lost; have the run searched and printed: which of its steps leaves a TLB stale?"
+        look = "have the run searched and printed: which of its steps leaves a TLB stale, or is it none that may go?"
+        return f"{letter}: a write is still lost; {look}"
     fewer = [[name for name in names if name != spared] for spared in names]
     return f"{letter}: fewer steps are enough" if any(map(loss.is_cured_without, fewer)) else ""
 
@@ -141,6 +142,17 @@ def check_10_1(without: Sequence[Collection[str] | None]) -> str:
 # ---- 2: both pages ---------------------------------------------------------------------------------------------------
 
 
+def _hint_10_2(steps: Sequence[str]) -> str:
+    """What a run that loses too few writes lacks."""
+    said = [" ".join(step.split()) for step in steps]
+    if "user space return_to_user_space" not in said:
+        return "enabling has not returned, and until then no write is lost"
+    back = len(said) - said[::-1].index("user space return_to_user_space")
+    if not all(f"writes page {page}" in " ".join(said[back:]) for page in (0, 1)):
+        return "after enabling has returned the guest must write both pages"
+    return "can one pass of enabling miss both pages?"
+
+
 @checker
 def check_10_2(steps: Sequence[str]) -> str:
     """Lose the writes to both pages of a slot, in as few steps as can be."""
@@ -153,7 +165,7 @@ def check_10_2(steps: Sequence[str]) -> str:
             return f"step {number}, {said!r}, is not possible there; possible: {', '.join(can)}"
         act(vm, can[" ".join(said.split())], Grain.ACCESS)
     if len(vm.missed_dirty(0)) < 2:
-        return f"{len(vm.missed_dirty(0))} of 2 writes are lost; can one pass of enabling miss both pages?"
+        return f"{len(vm.missed_dirty(0))} of 2 writes are lost; {_hint_10_2(steps)}"
     return "" if len(steps) <= 13 else f"both writes are lost, in {len(steps)} steps; 13 steps are enough"
 
 

@@ -1,8 +1,9 @@
 """The VMs that exercises start from, and what several of them ask of one at the end."""
 
+from collections.abc import Callable
 from typing import Any
 
-from kvmbook.model import Hardware, Kernel, MemorySlot, Operation, SetUserMemoryRegion, Vm
+from kvmbook.model import FlushPolicy, Hardware, Kernel, MemorySlot, Operation, SetUserMemoryRegion, Vm
 from kvmbook.scenes import BASE_GFN
 
 PAGES = 16
@@ -58,6 +59,18 @@ def aged(hardware: Hardware, kernel: Kernel, pages: int = PAGES) -> WatchedVm:
 def slot_was_touched(vm: Vm, before: MemorySlot) -> bool:
     """Whether slot 0 is not the one that it was."""
     return vm.memslots.slots.get((0, 0)) is not before
+
+
+def lost_under_always(machine: Callable[[Kernel], Vm], run: Callable[[Vm], Any]) -> str:
+    """A hint if ``run`` loses a write even where enabling always flushes: then no flush rule is to blame. ``machine`` makes
+    the VM that the run starts from."""
+    vm = machine(Kernel.v5_19.with_(flush=FlushPolicy.ALWAYS))
+    try:
+        run(vm)
+    except Exception:  # it counts on the rule
+        return ""
+    lost = any(len(vm.missed_dirty(slot)) for _, slot in vm.memslots.slots)
+    return 'your run loses a write under "always" as well, so the rule is not to blame' if lost else ""
 
 
 def lost_while_logging(vm: Vm, kernel: Kernel, hint: str) -> str:

@@ -22,6 +22,15 @@ def test_any_eight_accesses_are_judged_by_the_model(capsys):
     assert len({str(accesses_07_1(seed)) for seed in range(1, 301)}) == 300
 
 
+def test_the_quizzes_say_what_the_text_needs():
+    answers = [quiz().answer for quiz in (ch07.quiz_07_1, ch07.quiz_07_2, ch07.quiz_07_3)]
+    assert answers == ["one", "not at all", "it is lost"]
+
+
+def test_an_aged_page_with_ad_bits_is_not_slow_because_of_its_age():
+    assert "what has this SPTE lost beside A?" in ch07._look_at(ch07.AccessRow("EPT with A/D", "aged", "write"), "fast")
+
+
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
@@ -43,10 +52,14 @@ def hold(vm, steps):
     return fault
 
 
-def get_after(steps):
+def take(vm):
+    vm.clear_dirty_log(0, 0, 16, vm.get_dirty_log(0))
+
+
+def take_after(steps, by=take):
     def run(vm):
         fault = hold(vm, steps)
-        vm.get_dirty_log(0)
+        by(vm)
         if fault.todo:
             vm.run(fault)
         vm.vcpu[0].write(0x200)
@@ -56,13 +69,13 @@ def get_after(steps):
 
 def without_the_write(vm):
     fault = hold(vm, 2)
-    vm.get_dirty_log(0)
+    take(vm)
     vm.run(fault)
 
 
 def unfinished(vm):
     hold(vm, 2)
-    vm.get_dirty_log(0)
+    take(vm)
 
 
 def no_get(vm):
@@ -71,22 +84,29 @@ def no_get(vm):
 
 def another_kernel(vm):
     vm.kernel = Kernel.v5_19
-    get_after(2)(vm)
+    take_after(2)(vm)
 
 
 @pytest.mark.parametrize(
     ("run", "said"),
     [
-        (get_after(2), "Yes."),
+        (take_after(2), "Yes."),
+        (take_after(2, lambda vm: vm.clear_dirty_log(0, 0, 16, [True] * 16)), "Yes."),
         (lambda vm: None, "No: no write is missed; no fault has come as far as its mark."),
-        (no_get, "No: no write is missed; nobody gets the log"),
-        (get_after(0), "No: no write is missed; the log is got before the mark is there"),
-        (get_after(1), "No: no write is missed; the log is got before the mark is there"),
-        (get_after(3), "No: no write is missed; the log is got after the exchange"),
+        (no_get, "No: no write is missed; nobody takes the mark"),
+        (take_after(2, lambda vm: vm.get_dirty_log(0)), "No: no write is missed; nobody takes the mark"),
+        (take_after(0), "No: no write is missed; nobody takes the mark"),
+        (take_after(1), "No: no write is missed; nobody takes the mark"),
+        (
+            take_after(1, lambda vm: vm.clear_dirty_log(0, 0, 16, [True] * 16)),
+            "No: no write is missed; bits are taken bef",
+        ),
+        (take_after(3), "No: no write is missed; the mark is taken after the exchange"),
         (without_the_write, "No: no write is missed; the mark is taken too early, as it should be. Who writes then"),
         (unfinished, "No: KVM for vCPU0 has not finished: its next step is fast_pf_fix_direct_spte"),
         (another_kernel, "No: your run has replaced the VM's kernel"),
         (lambda vm: vm.written.add(0x203), "No: your run loses a write under v6.0 as well"),
+        (lambda vm: vm.write_past_kvm(0x200), "No: your run loses a write under v6.0 as well"),
         (lambda vm: vm.step(vm.vcpu[0].fault), "No: your answer raised ValueError"),
     ],
 )

@@ -33,12 +33,12 @@ def test_each_seed_draws_other_words_and_all_four_reasons_are_there():
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
-        ([{1}] * 8, "No: word 1 (EPT without A/D bits): look at R and X, and at the type"),
+        ([{1}] * 8, "No: word 1 (EPT without A/D bits): look at R and X: has anybody"),
         ([{4}, {2}, *right()[2:]], "No: word 2 (NPT): look at MMU-writable: what does it say that KVM may do?"),
         ([{4}, {4}, *right()[2:]], "No: word 2 (NPT): look at R and X, and at the type"),
         ([*right()[:6], {2}, *right()[7:]], "No: word 7 (NPT): MMU-writable is 0; what does host-writable say?"),
         ([*right()[:6], {1}, *right()[7:]], "No: word 7 (NPT): look at MMU-writable once more"),
-        ([*right()[:2], {2}, *right()[3:]], "No: word 3 (EPT without A/D bits): look at R and X"),
+        ([*right()[:2], {2}, *right()[3:]], "No: word 3 (EPT without A/D bits): look at R and X: has anybody"),
         ([1, *right()[1:]], "No: word 1: give a set of numbers"),
         ([{5}, *right()[1:]], "No: word 1: give a set of numbers"),
         ([{1}], "No: give a list of 8 sets"),
@@ -131,6 +131,7 @@ def made_once(vm):
         (lambda vm: [enable(vm), vm.vcpu[0].write(0x200)], "No: no write is missed: enabling has flushed"),
         (made_twice(0x201, 0x20F), "No: no write is missed: enabling has flushed"),
         (made_once, "No: no write is missed; look at D"),
+        (lambda vm: [enable(vm), vm.write_past_kvm(0x200)], 'No: your run loses a write under "always" as well'),
         (made_twice(), "Yes."),
     ],
 )
