@@ -40,7 +40,7 @@ def quiz_05_1() -> Answer:
 
 @question("yes", "no: the guest has only read it", "only if the guest had written it since the last report")
 def quiz_05_2() -> Answer:
-    """Logging is on, and a page is clean and write-protected. The host swaps it out and in again, and the guest reads it.
+    """Logging is on, and a page is write-protected. The host swaps it out and in again, and the guest reads it.
     Does the next report name the page?"""
 
     def named(written: bool) -> bool:
