@@ -6,7 +6,7 @@ from itertools import product
 from typing import Any, NamedTuple
 
 from kvmbook.exercises.mechanism import Answer, checker, question
-from kvmbook.exercises.vms import aged
+from kvmbook.exercises.vms import aged, enable
 from kvmbook.model import (
     PT_WRITABLE_MASK,
     READ_MASK,
@@ -40,14 +40,15 @@ def quiz_03_1() -> Answer:
 
 @question("R, W and X", "R and X", "only R")
 def quiz_03_2() -> Answer:
-    """A page was readable, writable and executable. It is aged on a CPU without A/D bits; then another vCPU reads it. Which
-    rights does the SPTE have now?"""
+    """A page was readable, writable and executable. It is aged on a CPU without A/D bits, and dirty logging is switched on.
+    Then another vCPU writes the page. Which rights does the SPTE have now?"""
     vm = aged(Hardware.ept(ad_bits=False), Kernel.v5_19, pages=1)
-    vm.vcpu[1].read(BASE_GFN)
+    enable(vm)
+    vm.vcpu[1].write(BASE_GFN)
     rights = "".join(c for c, on in zip("RWX", vm.fmt.hardware_rights(vm.spte(BASE_GFN)), strict=True) if on)
     because = (
-        "R and X were saved, and both come back, even if the access is only a read. W was not saved: only a write fault "
-        "sets it again."
+        "R and X were saved, and both come back. W was not saved, but MW = 1 says that it may come back, and this is a write "
+        "fault: KVM sets W, and the page's bit in the log. After a read, W would be 0."
     )
     return Answer({"RWX": "R, W and X", "RX": "R and X"}.get(rights, "only R"), because)
 

@@ -162,7 +162,7 @@ def test_check_cells_answer_wrong_answers_with_a_hint(check, answer, said, capsy
     ("quiz", "answer"),
     [
         ("quiz_03_1", "by W"),
-        ("quiz_03_2", "R and X"),
+        ("quiz_03_2", "R, W and X"),
         ("quiz_03_3", "a word that KVM never makes"),
     ],
 )
