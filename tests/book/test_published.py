@@ -32,13 +32,14 @@ def served(pages):
 # ---- what is published -----------------------------------------------------------------------------------------------
 
 
-def test_the_front_page_promises_shows_and_has_three_doors(pages):
+def test_the_front_page_promises_shows_and_has_three_paths(pages):
     front = (pages / "notebooks/index.html").read_text()
     (promise,) = re.findall(r"<p><strong>(.*?)</strong></p>", front, re.S)
     assert promise.count(".") == 1 and "widget-view+json" in front
     assert "CC BY 4.0" in front
-    doors = re.search(r'<section id="three-doors">.*?</section>\s*</section>', front, re.S)[0]
-    assert re.findall(r'<section id="([^"]+)">', doors)[1:] == ["learn-alone", "teach", "run-it-in-ci"]
+    paths = re.search(r'<section id="three-paths">.*?</section>\s*</section>', front, re.S)[0]
+    assert re.findall(r'<section id="([^"]+)">', paths)[1:] == ["learn-alone", "teach", "run-it-in-ci"]
+    assert len(re.findall(r"<em>(?:Path|Lectures):</em>.*?\d+ minutes", paths, re.S)) == 4
     assert "notebooks/index.html" in (pages / "index.html").read_text()
 
 
