@@ -119,7 +119,6 @@ def test_in_the_dark_no_result_stands_on_a_pale_ground_but_plots(at_desk):
 # ---- on a phone ------------------------------------------------------------------------------------------------------
 
 
-SCROLLED = {"notebooks/02-memory-slots-and-the-dirty-bitmap"}  # a bitmap's words have no narrow form
 LETTERS = """figure => [figure.scrollWidth, figure.clientWidth,
   [...figure.querySelectorAll("text")].filter((text) => text.getClientRects().length).map((text) =>
   Number(getComputedStyle(text).fontSize.slice(0, -2)) * text.getScreenCTM().a)]"""
@@ -127,8 +126,6 @@ LETTERS = """figure => [figure.scrollWidth, figure.clientWidth,
 
 def test_on_a_phone_pictures_of_panels_are_stacked_and_not_scrolled(on_phone):
     for figure in on_phone[1].page.locator(".kvmbook-figure").all():
-        if on_phone[0] in SCROLLED:
-            continue
         inside, outside, letters = figure.evaluate(LETTERS)
         assert inside <= outside and min(letters) >= 9, (inside, outside, min(letters))
 
