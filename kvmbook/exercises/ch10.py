@@ -32,13 +32,7 @@ def quiz_10_1() -> Answer:
     """A search over 980 states says "safe". What has been shown?"""
     graph = graph_of(Hardware.ept(ad_bits=False), Kernel.v6_0, grain=Grain.STEP)
     depth = 40  # more than the search is deep
-    runs = [1] + [0] * (len(graph.states) - 1)  # runs that end in each state
-    for _ in range(depth):
-        longer = [0] * len(runs)
-        for state, edges in enumerate(graph.edges):
-            for _, to in edges:
-                longer[to] += runs[state]
-        runs = longer
+    runs = graph.runs(depth)
     closed = len(graph.states) == 980 and graph.shortest_loss() is None
     because = (
         f"Every step from each of these states leads to one of them, so no run ever leaves them. There are more "

@@ -51,6 +51,7 @@ from kvmbook.scenes.faulting import (
     Ending,
     FaultStep,
     endings,
+    exchanges_that_fail,
     follow,
     harvest_before,
     page_now,

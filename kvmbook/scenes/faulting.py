@@ -216,6 +216,21 @@ def two_faults_at(step: str, hardware: Hardware) -> Vm:
     return vm
 
 
+def exchanges_that_fail() -> list[tuple[str, str]]:
+    """A write fault whose SPTE is changed before each compare-exchange, and left in its place: what each exchange says, and
+    KVM's next step, until that is no longer on the fast path."""
+    vm, told = page_now(FAULTS_ON["EPT without A/D"], "write-protected"), list[tuple[str, str]]()
+    vm.vcpu[0].attempt("write", BASE_GFN)
+    fault = vm.vcpu[0].fault
+    while fault.todo[0] in FAST:
+        vm.step(fault)
+        if not vm.clear_flush_young(BASE_GFN, BASE_GFN + 1):  # old already: make it young
+            vm.vcpu[1].read(BASE_GFN)
+        vm.step(fault)
+        told.append((vm.log[-1].note, fault.todo[0]))
+    return told
+
+
 # ---- all endings of one fault ----------------------------------------------------------------------------------------
 
 

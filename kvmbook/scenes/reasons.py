@@ -185,6 +185,8 @@ class _Told:
         """vCPU 0 writes, faults and all, in one row."""
         how = self.vm.vcpu[0].write(BASE_GFN)
         self.judge("vCPU 0", "writes", how)
+        if how is Outcome.EMULATED and self.rows[-1].rights != self.rows[-2].rights:
+            self.rows[-1] = self.rows[-1]._replace(note=f"fault, {how}")  # the fault gave R and X back
 
 
 def give_back(page: str, act: str = WRITES, how: str = BY_RULES) -> Act:

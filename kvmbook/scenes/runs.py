@@ -223,6 +223,31 @@ class Graph:
             trace.append(action)
         return tuple(trace)
 
+    def runs(self, steps: int) -> list[int]:
+        """For each state, how many runs of that many steps end there: a run goes on along each edge."""
+        runs = [1] + [0] * (len(self.states) - 1)
+        for _ in range(steps):
+            longer = [0] * len(runs)
+            for number, edges in enumerate(self.edges):
+                for _, to in edges:
+                    longer[to] += runs[number]
+            runs = longer
+        return runs
+
+    def chance_of_loss(self, steps: int) -> list[float]:
+        """How likely a write has been lost after 0, 1, ... ``steps`` steps, each drawn at random from those that are
+        possible."""
+        chance, lost_by = [1.0] + [0.0] * (len(self.states) - 1), list[float]()
+        for _ in range(steps + 1):
+            lost_by.append(sum(share for share, now in zip(chance, self.states, strict=True) if now.lost))
+            after = [0.0] * len(chance)
+            for number, edges in enumerate(self.edges):
+                ways = [number] if self.states[number].lost else [to for _, to in edges]  # lost is lost
+                for to in ways:
+                    after[to] += chance[number] / len(ways)
+            chance = after
+        return lost_by
+
     def walk(self, trace: Iterable[Action]) -> list[int]:
         """The states that a run passes, the start first. Raises ValueError for a step that is not possible."""
         path = [0]

@@ -71,7 +71,9 @@ def _row(row: Stage, before: Stage | None, number: int, harmed: bool) -> list[st
         wide.append(text(WHO + WHAT + CELLS + 12, y + 17, "✕", size=17, bold=True, fill=LOST))
     wide.append(block(_band(row, before, ROW), (WHO + WHAT, y)))
     narrow.append(block(_band(row, before, 2 * ROW), (0, low)))
-    cells = [*_chain(row, before), text(RIGHTS_AT + RIGHTS / 2, 17, row.rights, size=SIZE), *_tlb(row)]
+    changed = before is not None and before.rights != row.rights
+    rights = text(RIGHTS_AT + RIGHTS / 2, 17, row.rights, size=SIZE, bold=changed)
+    cells = [*_chain(row, before), rights, *_tlb(row)]
     return [
         block(wide, look="wide"),
         block(narrow, look="narrow"),

@@ -371,7 +371,7 @@ def page_graph_picture(hardware: Hardware, kernel: Kernel, lit: Sequence[Action]
     passed = [graph.states[state] for state in graph.walk(run)]
     wide, narrow = _Board(graph), _Board(graph, stacked=True)
     said = f"{len(graph.states)} states in {len(set(wide.spots))} spots"
-    told = [said, "a box: the SPTE; dashed: the TLB allows more", "not drawn: steps that switch logging off"]
+    told = [said, "a box: the SPTE; broken: the TLB allows more", "not drawn: steps that switch logging off"]
     told += [f"lit: a run of {len(run)} steps"] * bool(run)
     ends = "no run loses a write" if graph.distance[0] is None else f"a run of {graph.distance[0]} steps loses a write"
     steps = [f"{number}. {label(action)}" for number, action in enumerate(run, 1)]

@@ -3,7 +3,17 @@
 import pytest
 
 from kvmbook import Hardware, Outcome
-from kvmbook.scenes import ACCESSES, FAULTS_ON, MEANWHILE, PAGES_NOW, endings, follow, harvest_before, two_faults_at
+from kvmbook.scenes import (
+    ACCESSES,
+    FAULTS_ON,
+    MEANWHILE,
+    PAGES_NOW,
+    endings,
+    exchanges_that_fail,
+    follow,
+    harvest_before,
+    two_faults_at,
+)
 from kvmbook.scenes.faulting import FAST, USER_SPACE, VCPU_1
 
 NO_AD, AD, SHADOW = FAULTS_ON
@@ -64,6 +74,12 @@ def test_only_a_harvest_between_an_early_mark_and_the_exchange_loses_the_write()
         for comes in ((USER_SPACE,), (VCPU_1, USER_SPACE)):
             assert not harvest_before(step, comes=comes).lost
             assert harvest_before(step, True, comes).lost == (step == "fast_pf_fix_direct_spte")
+
+
+def test_a_fast_fault_goes_slow_when_its_fifth_exchange_has_failed():
+    said, then = zip(*exchanges_that_fail(), strict=True)
+    assert set(said) == {"the SPTE changed meanwhile: again"}
+    assert then == ("fast_page_fault",) * 4 + ("kvm_faultin_pfn",)
 
 
 def test_of_two_slow_faults_one_retries_and_in_the_legacy_mmu_one_waits():

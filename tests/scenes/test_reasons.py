@@ -61,6 +61,12 @@ def test_the_guard_flushes_under_the_lock_and_the_log_after_it():
     assert late.flush.lock == "" and late.rows[late.harmed].note == str(Outcome.HIT)
 
 
+def test_a_row_does_not_hide_the_fault_that_gives_r_and_x_back():
+    last = give_back("4 access tracking", GUARDS).rows[-1]
+    assert last.note == "fault, emulated" and last.rights == "R X"
+    assert give_back("1 dirty logging", GUARDS).rows[-1].note == "emulated"
+
+
 def test_a_page_an_act_and_a_manner_must_be_known():
     for case in (("5", WRITES, BY_RULES), ("4 access tracking", "?", CARELESS), ("4 access tracking", WRITES, "?")):
         with pytest.raises(KeyError):

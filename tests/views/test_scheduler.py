@@ -44,6 +44,10 @@ def test_the_graph_is_the_one_that_explore_counts(ad_bits, flush, grain):
     found = explore(HARDWARE[ad_bits], KERNELS[flush], grain=grain)
     assert (len(graph.states), sum(map(len, graph.edges))) == (found.states, found.transitions)
     assert graph.shortest_loss() == found.trace
+    far = len(found.trace or ()) or 20
+    chances = graph.chance_of_loss(far)
+    assert len(chances) == far + 1 and not any(chances[:far]) and (chances[far] > 0) == (not found.safe)
+    assert sum(graph.runs(1)) == len(graph.edges[0])
 
 
 def test_two_vcpus_are_worded_as_a_real_vm_is():
