@@ -11,11 +11,11 @@ from kvmbook.views.run_figures import LOSS
 
 SIZE, ROW, TOP = 15, 24, 24
 LANES = ("guest", "fast", "slow", "other")
-LANE, TAG = 50, 48  # an actor's lane, and the mark in it
+LANE, TAG = 14, 48  # an actor's lane, and the mark in it
 STEP = 56  # from the tag to the step's name
-SAID, LOCK, SPTE, BIT, WIDE = 408, 754, 818, 982, 1016  # where the columns begin, and where all ends
+SAID, LOCK, SPTE, BIT, WIDE = 298, 636, 700, 862, 894  # where the columns begin, and where all ends
 LOCK_WIDE, SPTE_WIDE, BIT_WIDE = 58, 158, 28
-NARROW_SPTE, NARROW = 262, 466  # the narrow form has two lines a row: step and page, then result and lock
+NARROW_SPTE, NARROW = 110, 342  # the narrow form has two or three lines a row: step; result, if any; lock and page
 GREY = LOOK["read-only"][0]
 
 
@@ -31,8 +31,7 @@ def _lock(lock: str) -> list[str]:
     if not lock:
         return []
     frame = ' stroke-width="3"' * (lock == "write")
-    x, middle = LOCK - SAID, LOCK - SAID + LOCK_WIDE / 2
-    return [box(x, 2, LOCK_WIDE, 20, GREY, extra=frame), text(middle, 17, lock, size=SIZE, fill=INK)]
+    return [box(0, 2, LOCK_WIDE, 20, GREY, extra=frame), text(LOCK_WIDE / 2, 17, lock, size=SIZE, fill=INK)]
 
 
 def _page(step: FaultStep, before: FaultStep | None) -> list[str]:
@@ -56,15 +55,25 @@ def _page(step: FaultStep, before: FaultStep | None) -> list[str]:
     return [*page * new, *log * marked, *[block(same, look="same")] * bool(same)]
 
 
+def _result(step: FaultStep) -> str:
+    """What came of a step."""
+    return ", ".join(filter(None, [step.said, "⟳ flush" * step.flushed]))
+
+
+def _lines(step: FaultStep) -> int:
+    """How many lines it takes in the narrow form."""
+    return 3 if _result(step) else 2
+
+
 def _row(step: FaultStep, before: FaultStep | None) -> list[str]:
     """One step: who, what came of it, the lock it holds, and how the page looks after it."""
-    said = ", ".join(filter(None, [step.said, "⟳ flush" * step.flushed]))
-    result = [text(0, 17, said, size=SIZE, anchor="start", bold=True)] if said else []
-    result += _lock(step.lock)
+    said, low = _result(step), (_lines(step) - 1) * ROW
+    result = [text(0, 17, said, size=SIZE, anchor="start")]
     return [
         block(_step(step), (4 + LANES.index(step.lane) * LANE, 0), (4, 0)),
-        *[block(result, (SAID, 0), (4 + STEP, ROW))] * bool(result),
-        block(_page(step, before), (SPTE, 0), (NARROW_SPTE, 0)),
+        *[block(result, (SAID, 0), (4, ROW))] * bool(said),
+        *[block(_lock(step.lock), (LOCK, 0), (4, low))] * bool(step.lock),
+        block(_page(step, before), (SPTE, 0), (NARROW_SPTE, low)),
     ]
 
 
@@ -82,7 +91,7 @@ def _headings() -> list[str]:
     over = ((LOCK + LOCK_WIDE / 2 - 6, "mmu_lock"), (SPTE + SPTE_WIDE / 2, "SPTE"), (BIT + BIT_WIDE / 2, "bit"))
     wide = [text(x, 16, said, size=SIZE, bold=True, anchor="start") for x, said in left]
     wide += [text(x, 16, said, size=SIZE, bold=True) for x, said in over]
-    narrow = [text(4, 16, "step, result, mmu_lock", size=SIZE, bold=True, anchor="start")]
+    narrow = [text(4, 16, "mmu_lock", size=SIZE, bold=True, anchor="start")]
     narrow += [text(x - SPTE + NARROW_SPTE, 16, said, size=SIZE, bold=True) for x, said in over[1:]]
     return [block(wide, look="wide"), block(narrow, look="narrow")]
 
@@ -90,18 +99,19 @@ def _headings() -> list[str]:
 def path_picture(path: AccessPath) -> Picture:
     """An access step by step: lanes for the guest, the fast path, the slow path and who comes in between; the lock that is
     held, the SPTE, and the page's bit."""
-    parts, rows = _headings(), len(path.steps)
+    parts, rows, low = _headings(), len(path.steps), TOP
     for number, (before, step) in enumerate(pairwise([None, *path.steps])):
         assert step is not None
-        parts.append(block(_row(step, before), (0, TOP + number * ROW), (0, TOP + number * 2 * ROW), number))
+        parts.append(block(_row(step, before), (0, TOP + number * ROW), (0, low), number))
+        low += _lines(step) * ROW
     if path.lost:
-        for x, rise, look in ((WIDE / 2, 1, "wide"), (NARROW / 2, 2, "narrow")):
-            said = text(x, TOP + rows * rise * ROW + 18, LOSS, size=17, bold=True, fill=LOST)
+        for x, y, look in ((WIDE / 2, TOP + rows * ROW, "wide"), (NARROW / 2, low, "narrow")):
+            said = text(x, y + 18, LOSS, size=17, bold=True, fill=LOST)
             parts.append(block([said], moment=rows - 1, look=look))
     below = 28 if path.lost else 4
     alt = " → ".join(step.step + f" ({step.said})" * bool(step.said) for step in path.steps)
     alt = f"{alt}. {'The write is lost.' if path.lost else 'Nothing is lost.'}"
-    size, narrow = (WIDE, TOP + rows * ROW + below), (NARROW, TOP + rows * 2 * ROW + below)
+    size, narrow = (WIDE, TOP + rows * ROW + below), (NARROW, low + below)
     return Picture(svg(*size, alt, parts, narrow), alt, [_sentence(step) for step in path.steps])
 
 
