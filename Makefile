@@ -28,9 +28,11 @@ pdf: install-book
 	$(BIN)/python tools/book.py build/book
 	$(BIN)/python tools/pdf.py build/book/_build/html build/kvmbook.pdf
 
-# Run every chapter and store its outputs: after a change to the model or to a chapter.
+# Run every chapter and store its outputs, and its minutes in the index: after a change to the model or to a chapter.
 run: install-book
-	$(BIN)/python tools/store_outputs.py notebooks/*.ipynb
+	$(BIN)/python tools/store_outputs.py notebooks/[0-9]*.ipynb
+	$(BIN)/python tools/minutes.py --store
+	$(BIN)/python tools/store_outputs.py notebooks/index.ipynb
 
 benchmark: install-test
 	$(BIN)/python -m benchmarks
