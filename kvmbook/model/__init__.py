@@ -27,6 +27,7 @@ from kvmbook.model.memslots import (
     MemoryRegion,
     MemorySlot,
     bit_offsets,
+    fits,
     to_bits,
     to_words,
 )
