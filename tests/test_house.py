@@ -33,7 +33,11 @@ WINGS = {
         "mechanism", "vms", "ch01", "ch02", "ch03", "ch04", "ch05", "ch06", "ch07", "ch08", "ch09", "ch10",
         "ch11",
     ],
+    "real": [
+        "abi", "device", "guest", "watchdog", "stats", "page_idle", "vcpu", "vm", "losses", "offers", "__main__",
+    ],
 }  # fmt: skip
+ALONE = {"real": ["model"]}  # wings that stand on fewer than all those before them
 PACKAGE = ROOT / "kvmbook"
 
 
@@ -60,7 +64,7 @@ def room_of(path):
 ROOMS = sorted(path for wing in WINGS for path in (PACKAGE / wing).rglob("*.py"))
 
 
-def test_the_house_has_five_wings_and_these_rooms():
+def test_the_house_has_six_wings_and_these_rooms():
     assert {path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"} == {*WINGS, "__init__.py"}
     assert sorted(room_of(path) for path in ROOMS) == sorted((w, r) for w, rooms in WINGS.items() for r in ["", *rooms])
 
@@ -74,7 +78,7 @@ def test_imports_go_one_way_and_through_the_face(path):
         there, *inside = imported.split(".")[1:] or [""]
         if there != wing:
             assert not inside, f"{path.name} reaches into {imported}: the face of {there} hands on what others may use"
-            assert list(WINGS).index(there) < list(WINGS).index(wing), f"{wing} stands below {there}"
+            assert there in ALONE.get(wing, list(WINGS)[: list(WINGS).index(wing)]), f"{wing} stands below {there}"
         elif room:
             order = WINGS[wing]
             assert inside and order.index(inside[0]) < order.index(room), (

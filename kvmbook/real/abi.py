@@ -31,6 +31,10 @@ EXIT_NAMES = {
 # ---- structs ---------------------------------------------------------------------------------------------------------
 
 
+def _all(kind: type, names: str) -> list[tuple[str, type]]:
+    return [(name, kind) for name in names.split()]
+
+
 class kvm_userspace_memory_region(ctypes.Structure):
     _fields_ = [
         ("slot", c_uint32), ("flags", c_uint32),
@@ -56,15 +60,14 @@ class kvm_enable_cap(ctypes.Structure):
 
 class kvm_regs(ctypes.Structure):
     _fields_ = [
-        (name, c_uint64)
-        for name in "rax rbx rcx rdx rsi rdi rsp rbp r8 r9 r10 r11 r12 r13 r14 r15 rip rflags".split()
+        *_all(c_uint64, "rax rbx rcx rdx rsi rdi rsp rbp r8 r9 r10 r11 r12 r13 r14 r15 rip rflags"),
     ]
 
 
 class kvm_segment(ctypes.Structure):
     _fields_ = [
         ("base", c_uint64), ("limit", c_uint32), ("selector", c_uint16),
-        *((name, c_uint8) for name in "type present dpl db s l g avl unusable padding".split()),
+        *_all(c_uint8, "type present dpl db s l g avl unusable padding"),
     ]  # fmt: skip
 
 
@@ -74,9 +77,9 @@ class kvm_dtable(ctypes.Structure):
 
 class kvm_sregs(ctypes.Structure):
     _fields_ = [
-        *((name, kvm_segment) for name in "cs ds es fs gs ss tr ldt".split()),
+        *_all(kvm_segment, "cs ds es fs gs ss tr ldt"),
         ("gdt", kvm_dtable), ("idt", kvm_dtable),
-        *((name, c_uint64) for name in "cr0 cr2 cr3 cr4 cr8 efer apic_base".split()),
+        *_all(c_uint64, "cr0 cr2 cr3 cr4 cr8 efer apic_base"),
         ("interrupt_bitmap", c_uint64 * 4),
     ]  # fmt: skip
 

@@ -33,7 +33,9 @@ def open_kvm() -> int:
     if sys.platform != "linux":
         raise NoKvm(errno.ENOSYS, f"KVM is a part of Linux, and this is {sys.platform}: come back on a Linux machine.")
     if platform.machine() not in ("x86_64", "AMD64"):
-        raise NoKvm(errno.ENOSYS, f"The guest's code is x86-64, and this machine is {platform.machine()}: use an x86 one.")
+        raise NoKvm(
+            errno.ENOSYS, f"The guest's code is x86-64, and this machine is {platform.machine()}: use an x86 one."
+        )
     try:
         fd = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
@@ -102,5 +104,7 @@ def _why_not_opened(error: OSError) -> str:
     if module:
         return f"KVM is not loaded, though the CPU could: sudo modprobe {module} (in a container: pass {DEVICE} in)."
     if "hypervisor" in flags:
-        return "This machine is a guest without virtualization of its own: ask its hypervisor for nested virtualization."
+        return (
+            "This machine is a guest without virtualization of its own: ask its hypervisor for nested virtualization."
+        )
     return "This CPU offers no virtualization (neither vmx nor svm): switch it on in the firmware, if it has it."

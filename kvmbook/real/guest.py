@@ -102,7 +102,7 @@ def records(accesses: Iterable[tuple[int, int]], vcpu: int, value: int) -> bytes
 
 
 def counted(rsi: int, vcpu: int) -> int:
-    """How many records the guest has counted as done. An access that leaves for MMIO is not among them, even if it was a write,
+    """How many records the guest has counted as done. An access that leaves for MMIO is not among them, not even a write,
     which KVM takes as done when it leaves."""
     return (rsi - mailbox(vcpu)) // RECORD.size
 

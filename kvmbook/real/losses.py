@@ -1,5 +1,5 @@
-"""Two writes that kernels of today lose, each as a run of ten lines. Both go through the front door alone, so that they work on
-`Vm` and on `RealVm` unchanged.
+"""Two writes that kernels of today lose, each as a run of ten lines. Both go through the front door alone, so that they work
+on `Vm` and on `RealVm` unchanged.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def ring_reports(vm: FrontDoor, manual: int = 3) -> list[tuple[int, int]]:
 CLEAR_FIRST, CLEAR_PAGES, NEXT_2M = 0x3FF, 513, 0x400
 
 
-def clear_reports(vm: FrontDoor, cleared: Collection[int] = (0x3FF, 0x400), written: int = 0x400, manual: int = 3) -> bool:
+def clear_reports(
+    vm: FrontDoor, cleared: Collection[int] = (0x3FF, 0x400), written: int = 0x400, manual: int = 3
+) -> bool:
     """A slot whose second page begins a 2M page; all its pages written, logged, and told as dirty; a CLEAR of the gfns
     ``cleared``; a write to ``written``. Whether GET says so; False: it is lost.
 

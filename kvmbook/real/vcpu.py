@@ -156,7 +156,9 @@ class RealVcpu:
     def _failed(self, left: abi.kvm_run, doing: tuple[int, int]) -> OSError:
         name = abi.EXIT_NAMES.get(left.exit_reason, f"exit reason {left.exit_reason}")
         what = next((kind for kind, number in guest.WHAT.items() if number == doing[0]), "loop")
-        return OSError(14, f"{os.strerror(14)}: KVM_RUN of vCPU {self.number} left with {name} at {what} of {doing[1]:#x}")
+        return OSError(
+            14, f"{os.strerror(14)}: KVM_RUN of vCPU {self.number} left with {name} at {what} of {doing[1]:#x}"
+        )
 
     # ---- registers --------------------------------------------------------------------------------------------------
 

@@ -283,7 +283,3 @@ class RealVm:
             for name, value in statistics.read().items():
                 total[name] += value
         return dict(total)
-
-    def offers(self, capability_number: int) -> int:
-        """KVM_CHECK_EXTENSION of this VM."""
-        return capability(self._fd, capability_number)

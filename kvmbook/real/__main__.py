@@ -1,0 +1,37 @@
+"""`python -m kvmbook.real`: what this machine's KVM offers. Where there is none, one sentence and exit code 1."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from kvmbook.real.device import NoKvm
+from kvmbook.real.offers import as_text, ask_machine
+
+
+def show_offers(_: argparse.Namespace) -> None:
+    """what this machine offers, and which of the book's claims can be tried on it (the default)"""
+    print(as_text(ask_machine()))
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {"offers": show_offers}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m kvmbook.real", description="The book's questions on this machine.")
+    parser.set_defaults(command=show_offers)
+    commands = parser.add_subparsers(title="commands", metavar="")
+    for name, command in COMMANDS.items():
+        commands.add_parser(name, help=command.__doc__, description=command.__doc__).set_defaults(command=command)
+    chosen = parser.parse_args(arguments)
+    try:
+        chosen.command(chosen)
+    except NoKvm as refusal:
+        print(refusal, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
