@@ -70,7 +70,8 @@ def ioctl(fd: int, number: int, argument: Any = 0, told: str = "") -> int:
     """One ioctl. ``argument``: an int, or a ctypes struct, which the kernel may change. OSError with ``told``, the call and
     its arguments, in its message."""
     try:
-        return fcntl.ioctl(fd, number, argument)
+        answer: int = fcntl.ioctl(fd, number, argument)
+        return answer
     except OSError as error:
         raise OSError(error.errno, f"{os.strerror(error.errno or 0)}: {told or hex(number)}") from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 from collections.abc import Callable, Iterable
@@ -41,7 +42,7 @@ class RealDirtyRing:
     def harvest(self) -> list[tuple[int, int]]:
         """User space's part: take all dirty entries, oldest first, mark them harvested and return (slot, page number)s.
         Pages are to be copied after KVM_RESET_DIRTY_RINGS, which arms them again."""
-        taken = []
+        taken: list[tuple[int, int]] = []
         while True:
             at = self.harvest_index % self.size * GFN_SIZE
             entry = abi.kvm_dirty_gfn.from_buffer_copy(self._entries, at)
@@ -53,7 +54,9 @@ class RealDirtyRing:
 
 
 class RealVcpu:
-    """One vCPU of a `RealVm`. One thread at a time may use it. ``value``: what its last write carried; each carries one more."""
+    """One vCPU of a `RealVm`. One thread at a time may use it.
+
+    ``value``: what its last write carried; each carries one more. ``dirty_ring``: None if the VM has none."""
 
     def __init__(
         self,
@@ -135,7 +138,7 @@ class RealVcpu:
             regs = self._regs()
             retired = guest.retired(regs.rsi, regs.rip, self.number)
             if left.exit_reason != abi.KVM_EXIT_DIRTY_RING_FULL:
-                raise self._failed(left, todo[retired])
+                raise self._failed(left, todo[min(retired, len(todo) - 1)])
         except BaseException:
             self._restart()
             raise
@@ -155,10 +158,9 @@ class RealVcpu:
 
     def _failed(self, left: abi.kvm_run, doing: tuple[int, int]) -> OSError:
         name = abi.EXIT_NAMES.get(left.exit_reason, f"exit reason {left.exit_reason}")
-        what = next((kind for kind, number in guest.WHAT.items() if number == doing[0]), "loop")
-        return OSError(
-            14, f"{os.strerror(14)}: KVM_RUN of vCPU {self.number} left with {name} at {what} of {doing[1]:#x}"
-        )
+        what = next((kind for kind, number in guest.WHAT.items() if number == doing[0]), "its loop")
+        why = f"KVM_RUN of vCPU {self.number} left with {name} at {what} of gfn {doing[1]:#x}"
+        return OSError(errno.EFAULT, f"{os.strerror(errno.EFAULT)}: {why}")
 
     # ---- registers --------------------------------------------------------------------------------------------------
 

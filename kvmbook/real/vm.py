@@ -9,7 +9,7 @@ from collections import Counter
 from contextlib import ExitStack
 from ctypes import addressof, c_char
 from types import TracebackType
-from typing import Any
+from typing import Self
 
 import numpy as np
 
@@ -87,7 +87,7 @@ class RealVm:
         self._closing.callback(memory.close)
         return memory, addressof(c_char.from_buffer(memory))
 
-    def __enter__(self) -> RealVm:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -133,8 +133,9 @@ class RealVm:
     ) -> None:
         """Create, move or delete (``npages=0``) a slot, or change its flags.
 
-        ``userspace_addr`` (bytes) defaults to where the slot lies already, or to where its gfns have their user memory. Others
-        are passed on, but the guest is kept from touching what is not this VM's memory. OSError EINVAL, EEXIST or ENOMEM.
+        ``userspace_addr`` (bytes) defaults to where the slot lies already, or to where its gfns have their user memory.
+        Others are passed on, but the guest is kept from touching what is not this VM's memory.
+        OSError EINVAL, EEXIST or ENOMEM.
         """
         if userspace_addr is None:
             old = self._slots.get(slot)
@@ -182,8 +183,8 @@ class RealVm:
         return slice(at, at + PAGE_SIZE)
 
     def _reach(self, gfn: int) -> None:
-        """See to it that the guest may touch the page: that it is of this VM, and that the host has it, writable, with a `ret`
-        to execute. ValueError if the guest cannot reach it."""
+        """See to it that the guest may touch the page: that it is of this VM, and that the host has it, writable, with a
+        `ret` to execute. ValueError if the guest cannot reach it."""
         if gfn in self._reached:
             return
         if not 0 <= gfn < guest.REACH:
@@ -253,8 +254,8 @@ class RealVm:
     # ---- what the host does, and what it counts ---------------------------------------------------------------------
 
     def invalidate_range(self, start: int, end: int) -> None:
-        """The host takes the pages of [start, end) away, contents and all (MADV_DONTNEED): KVM zaps. ValueError for gfns in no
-        slot."""
+        """The host takes the pages of [start, end) away, contents and all (MADV_DONTNEED): KVM zaps. ValueError for gfns in
+        no slot."""
         for gfn in range(start, end):
             page = self._page(gfn)
             if page is None:

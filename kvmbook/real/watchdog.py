@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from ctypes import c_uint8
 from mmap import mmap
 
 from kvmbook.real import abi
@@ -81,4 +82,4 @@ def let_through() -> abi.kvm_signal_mask:
     """The argument of KVM_SET_SIGNAL_MASK: in KVM_RUN as the thread is now, but for the watchdog's signal."""
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ()) - {signal.SIGURG}
     bits = sum(1 << number - 1 for number in blocked)
-    return abi.kvm_signal_mask(8, (abi.c_uint8 * 8)(*bits.to_bytes(8, "little")))
+    return abi.kvm_signal_mask(8, (c_uint8 * 8)(*bits.to_bytes(8, "little")))
