@@ -20,39 +20,31 @@ STOP = 0xF800_0000  # an address without memory: writing there leaves the guest
 OWN_GFNS = range(PRIVATE >> PAGE_SHIFT, (STOP >> PAGE_SHIFT) + 1)
 
 # Registers: rsi the record, rdi the mailbox, r8 STOP. A record is a u32 (what), a u32 (address) and a u64 (value).
-ASSEMBLY = """
-next:   mov  (%rsi),%eax        # what
-        mov  4(%rsi),%ebx       # where
-        mov  8(%rsi),%rcx       # the value
-        cmp  $2,%eax
-        je   write
-        ja   other
-        test %eax,%eax
-        je   stop
-read:   mov  (%rbx),%rcx
-done:   add  $16,%rsi           # only now is it counted
-        jmp  next
-write:  mov  %rcx,(%rbx)
-        jmp  done
-other:  cmp  $3,%eax
-        jne  spin
-fetch:  call *%rbx              # a `ret` lies there
-        jmp  done
-stop:   mov  %rdi,%rsi          # the next time from the mailbox's beginning
-        mov  %eax,(%r8)         # KVM_EXIT_MMIO
-        jmp  next
-spin:   jmp  spin               # never leaves: for the watchdog's test
+# The bytes, and what they say.
+LISTING = """
+8b06      next:   mov  (%rsi),%eax        # what
+8b5e04            mov  4(%rsi),%ebx       # where
+488b4e08          mov  8(%rsi),%rcx       # the value
+83f802            cmp  $2,%eax
+740f              je   write
+7712              ja   other
+85c0              test %eax,%eax
+7417              je   stop
+488b0b    read:   mov  (%rbx),%rcx
+4883c610  done:   add  $16,%rsi           # only now is it counted
+ebe3              jmp  next
+48890b    write:  mov  %rcx,(%rbx)
+ebf5              jmp  done
+83f803    other:  cmp  $3,%eax
+750c              jne  spin
+ffd3      fetch:  call *%rbx              # a `ret` lies there
+ebec              jmp  done
+4889fe    stop:   mov  %rdi,%rsi          # the next time from the mailbox's beginning
+418900            mov  %eax,(%r8)         # KVM_EXIT_MMIO
+ebcd              jmp  next
+ebfe      spin:   jmp  spin               # never leaves: for the watchdog's test
 """
-CODE = bytes.fromhex(
-    "8b06 8b5e04 488b4e08 83f802 740f 7712 85c0 7417"  # next
-    "488b0b"  # read
-    "4883c610 ebe3"  # done
-    "48890b ebf5"  # write
-    "83f803 750c"  # other
-    "ffd3 ebec"  # fetch
-    "4889fe 418900 ebcd"  # stop
-    "ebfe"  # spin
-)
+CODE = b"".join(bytes.fromhex(line.split()[0]) for line in LISTING.split("\n") if line)
 RET = 0xC3
 RET_AT = PAGE_SIZE - 1  # where in a page the `ret` lies that a fetch calls; writes go to the page's beginning
 STOPS, READ, WRITE, FETCH, SPIN = range(5)
