@@ -69,6 +69,8 @@ def create_vm(kvm: int) -> int:
 def ioctl(fd: int, number: int, argument: Any = 0, told: str = "") -> int:
     """One ioctl. ``argument``: an int, or a ctypes struct, which the kernel may change. OSError with ``told``, the call and
     its arguments, in its message."""
+    if fd < 0:
+        raise OSError(errno.EBADF, f"{os.strerror(errno.EBADF)}: {told}: the VM is closed")
     try:
         answer: int = fcntl.ioctl(fd, number, argument)
         return answer

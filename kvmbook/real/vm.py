@@ -274,8 +274,9 @@ class RealVm:
 
     @property
     def counters(self) -> dict[str, int]:
-        """KVM's own statistics by name: those of the VM, and those of its vCPUs, added up. Only differences tell: the guest's
-        own pages are in it. OSError ENOTTY before Linux v5.14."""
+        """KVM's own statistics by name: those of the VM, and those of its vCPUs, added up. Only differences tell, for the
+        guest's own pages are in it; and each stay in the guest ends with an MMIO exit, which counts in ``pf_taken``,
+        ``pf_emulate`` and ``insn_emulation``. OSError ENOTTY before Linux v5.14."""
         total: Counter[str] = Counter()
         for fd, statistics in self._statistics.items():
             if statistics is None:
