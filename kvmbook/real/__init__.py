@@ -6,8 +6,13 @@ two writes that kernels of today lose, `offers` what this machine can show: `pyt
 whoever wants to see the model beside the real thing. It imports anywhere; without KVM it says so in one sentence.
 """
 
+from kvmbook.real.calls import perform
 from kvmbook.real.device import NoKvm
-from kvmbook.real.losses import clear_reports, ring_reports
+from kvmbook.real.losses import RING_GFN, clear_reports, ring_reports
+from kvmbook.real.machines import Machine, live, model_vm, record, recorded
+from kvmbook.real.modelled import ModelVm, as_hardware, as_kernel
 from kvmbook.real.offers import CLAIMS, Claim, Offers, ask_machine
+from kvmbook.real.outside import Outside, Said, asking
+from kvmbook.real.questions import BASE, BEFORE, QUESTIONS, Question, ask_all
 from kvmbook.real.vcpu import RealDirtyRing, RealVcpu, Seen
 from kvmbook.real.vm import RealVm

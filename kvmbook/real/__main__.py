@@ -6,16 +6,20 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
+from kvmbook.real import differ
 from kvmbook.real.device import NoKvm
 from kvmbook.real.offers import as_text, ask_machine
 
 
-def show_offers(_: argparse.Namespace) -> None:
+def show_offers(_: argparse.Namespace) -> int:
     """what this machine offers, and which of the book's claims can be tried on it (the default)"""
     print(as_text(ask_machine()))
+    return 0
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {"offers": show_offers}
+# A command answers with its exit code; some have arguments.
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {"offers": show_offers, "differ": differ.show_differences}
+ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {"differ": differ.add_arguments}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,14 +27,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.set_defaults(command=show_offers)
     commands = parser.add_subparsers(title="commands", metavar="")
     for name, command in COMMANDS.items():
-        commands.add_parser(name, help=command.__doc__, description=command.__doc__).set_defaults(command=command)
+        its = commands.add_parser(name, help=command.__doc__, description=command.__doc__)
+        its.set_defaults(command=command)
+        if name in ARGUMENTS:
+            ARGUMENTS[name](its)
     chosen = parser.parse_args(arguments)
     try:
-        chosen.command(chosen)
+        code: int = chosen.command(chosen)
+        return code
     except NoKvm as refusal:
         print(refusal, file=sys.stderr)
         return 1
-    return 0
 
 
 if __name__ == "__main__":
