@@ -85,14 +85,18 @@ def recorded(name: str = FIRST, folder: Path = RECORDED) -> Machine:
     answered as far as that one went. LookupError for others. ValueError if there is no such recording."""
     path = folder / f"{name}.json"
     if not path.exists():
-        raise ValueError(f"there are recordings of {', '.join(sorted(p.stem for p in folder.glob('*.json')))}; got {name!r}")
+        raise ValueError(
+            f"there are recordings of {', '.join(sorted(p.stem for p in folder.glob('*.json')))}; got {name!r}"
+        )
     kept = json.loads(path.read_text())
     sessions = [
         Session(one["vcpus"], one["page_size"], tuple(Said(*said) for said in one["said"])) for one in kept["sessions"]
     ]
 
     def make(vcpus: int, page_size: str) -> Outside:
-        return Outside(_played(name, [s for s in sessions if (s.vcpus, s.page_size) == (vcpus, page_size)]), vcpus=vcpus)
+        return Outside(
+            _played(name, [s for s in sessions if (s.vcpus, s.page_size) == (vcpus, page_size)]), vcpus=vcpus
+        )
 
     return Machine(f"the recorded machine {name}", Offers(**kept["machine"]), make)
 

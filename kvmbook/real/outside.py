@@ -180,7 +180,9 @@ def _flush_requests(vm: AnyVm) -> int:
 
 
 CALLS: dict[str, Callable[..., Any]] = {
-    "set_user_memory_region": lambda vm, slot, gfn, npages, flags: vm.set_user_memory_region(slot, gfn, npages, **flags),
+    "set_user_memory_region": lambda vm, slot, gfn, npages, flags: vm.set_user_memory_region(
+        slot, gfn, npages, **flags
+    ),
     "get_dirty_log": _get_dirty_log,
     "clear_dirty_log": _clear_dirty_log,
     "enable_cap_manual_dirty_log_protect2": lambda vm, args: vm.enable_cap_manual_dirty_log_protect2(args),

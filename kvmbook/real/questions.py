@@ -5,17 +5,20 @@ A case beside which the answer changes is a *control*: without one, nobody knows
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from kvmbook.real.losses import RING_GFN, clear_reports, ring_reports
-from kvmbook.real.machines import Machine
+from kvmbook.real.machines import Machine, live, record
 from kvmbook.real.outside import Outside
 
 BASE, PAGES = 0x200, 64
-SLOT = {"slot": 0, "base_gfn": BASE, "npages": PAGES}
+SLOT: dict[str, Any] = {"slot": 0, "base_gfn": BASE, "npages": PAGES}
 
 
 def chapter_1(vm: Outside) -> list[int]:
@@ -73,7 +76,7 @@ def who_asks(vm: Outside, manual: int = 0) -> list[int]:
     if manual:
         vm.clear_dirty_log(0, 0, PAGES, [page == 0 for page in range(PAGES)])
     counts.append(vm.flush_requests)
-    return [after - before for before, after in zip(counts, counts[1:], strict=False)]
+    return [after - before for before, after in pairwise(counts)]
 
 
 def read_reports(vm: Outside, mapped: bool = False) -> list[int]:
@@ -168,3 +171,25 @@ def ask_all(machine: Machine) -> None:
     for question in QUESTIONS.values():
         for case in question.cases:
             question.asked(case, machine)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", nargs="?", type=Path, help="where to keep what was said, as JSON, for `recorded`")
+
+
+def show_answers(arguments: argparse.Namespace) -> int:
+    """ask chapter 15's questions of this machine and of its model, show the answers, and keep them in a file"""
+    machine = live()
+    model, differ = machine.model(), 0
+    for question in QUESTIONS.values():
+        print(question.says)
+        for case in question.cases:
+            here, there = question.asked(case, model), question.asked(case, machine)
+            refused = there is None
+            differ += here != there and not refused
+            said = "cannot be tried here" if refused else f"machine {there}"
+            print(f"  {case:<34}model {here!s:<18}{said}{'' if here == there or refused else '   DIFFERS'}")
+    if arguments.file:
+        record(machine, [ask_all], arguments.file)
+        print(f"kept in {arguments.file}")
+    return int(bool(differ))
