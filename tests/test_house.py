@@ -18,7 +18,10 @@ WINGS = {
         "access_tracking", "guest_memory", "huge_pages", "wrprot", "faults", "memory_regions", "dirty_log", "vm",
         "invariants",
     ],
-    "search": ["schedule", "cells", "tables", "space", "explore", "products", "anynumber", "flush_rules"],
+    "search": [
+        "schedule", "playing", "selftest", "recorder", "cells", "tables", "space", "explore", "products", "anynumber",
+        "flush_rules",
+    ],
     "scenes": [
         "enabling", "ageing", "faulting", "slots", "writes", "words", "decoding", "remembering", "reasons",
         "runs",
@@ -34,7 +37,8 @@ WINGS = {
         "ch11",
     ],
     "real": [
-        "abi", "device", "guest", "watchdog", "stats", "page_idle", "vcpu", "vm", "losses", "offers", "__main__",
+        "abi", "device", "guest", "watchdog", "stats", "page_idle", "vcpu", "vm", "losses", "offers",
+        "tracepoints", "traced_sptes", "told", "replaying", "trace", "__main__",
     ],
 }  # fmt: skip
 ALONE = {"real": ["model"]}  # wings that stand on fewer than all those before them
