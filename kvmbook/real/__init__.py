@@ -10,7 +10,7 @@ whoever wants to see the model beside the real thing. It imports anywhere; witho
 from kvmbook.real.calls import perform
 from kvmbook.real.device import NoKvm
 from kvmbook.real.losses import RING_GFN, clear_reports, ring_reports
-from kvmbook.real.machines import Machine, live, model_vm, record, recorded
+from kvmbook.real.machines import Machine, NotRecorded, live, model_vm, record, recorded
 from kvmbook.real.modelled import ModelVm, as_hardware, as_kernel
 from kvmbook.real.offers import CLAIMS, Claim, Offers, ask_machine
 from kvmbook.real.outside import Outside, Said, asking

@@ -27,6 +27,10 @@ class NoKvm(OSError):
     def __str__(self) -> str:
         return str(self.strerror)
 
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows instead of a traceback."""
+        return [str(self)]
+
 
 def open_kvm() -> int:
     """A file descriptor of /dev/kvm that speaks the known version. `NoKvm` where there is none."""

@@ -68,6 +68,14 @@ def without_local_name(offers: Offers) -> Offers:
     return replace(offers, release=found[0] if found else offers.release)
 
 
+class NotRecorded(LookupError):
+    """A recording has no answer to this call. The message is one sentence that says what to do."""
+
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows instead of a traceback."""
+        return [str(self)]
+
+
 # ---- recordings ------------------------------------------------------------------------------------------------------
 
 
@@ -82,7 +90,7 @@ class Session:
 
 def recorded(name: str = FIRST, folder: Path = RECORDED) -> Machine:
     """A machine that was recorded. It answers what was asked then: a run that begins as one of the recorded runs did is
-    answered as far as that one went. LookupError for others. ValueError if there is no such recording."""
+    answered as far as that one went. `NotRecorded` for others. ValueError if there is no such recording."""
     path = folder / f"{name}.json"
     if not path.exists():
         raise ValueError(
@@ -110,7 +118,7 @@ def _played(name: str, sessions: Sequence[Session]) -> Ask:
         alike = [s for s in alike if s.said[asked : asked + 1] and list(s.said[asked][:2]) == [call, arguments]]
         if not alike:
             said = Said(call, arguments, None)
-            raise LookupError(f"{name} was not asked {said} at this point of a run; ask your own machine: live()")
+            raise NotRecorded(f"{name} was not asked {said} at this point of a run: ask your own machine, with live().")
         asked += 1
         return alike[0].said[asked - 1].answer
 
