@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from kvmbook.real import differ
+from kvmbook.real import differ, questions, recording, trace
 from kvmbook.real.device import NoKvm
 from kvmbook.real.offers import as_text, ask_machine
 
@@ -18,8 +18,19 @@ def show_offers(_: argparse.Namespace) -> int:
 
 
 # A command answers with its exit code; some have arguments.
-COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {"offers": show_offers, "differ": differ.show_differences}
-ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {"differ": differ.add_arguments}
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "offers": show_offers,
+    "ask": questions.show_answers,
+    "differ": differ.show_differences,
+    "record": recording.make_recording,
+    "trace": trace.show_trace,
+}
+ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
+    "ask": questions.add_arguments,
+    "differ": differ.add_arguments,
+    "record": recording.add_arguments,
+    "trace": trace.add_arguments,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -23,6 +23,7 @@ SIZES = (1, 7, 63, 64, 64, 65, 128, 130, 300)
 FIRST, SPAN = 0x100, 0x200  # gfns that slots begin at
 FAR = 0x8_0000  # gfns that no guest touches
 LOG, READONLY = 1, 2
+SMALL_RING, MANY = 4096, 260  # bytes; accesses that fill such a ring
 
 
 class Difference(NamedTuple):
@@ -95,6 +96,9 @@ class Generator:
             self.opening.append(("manual_protect", setting.manual))
         size = rng.choice((64, 130, 300, 300) if setting.ring else SIZES)
         self.opening.append(("memory_region", 0, rng.choice((0, LOG, LOG)), FIRST, size, FIRST))
+        if setting.ring == SMALL_RING and rng.random() < 0.4:
+            many = min(size, rng.choice((150, MANY)))
+            self.opening.append(("run", 0, [["write", FIRST + page] for page in range(many)]))
 
     def next(self) -> Call:
         """The next call."""
@@ -126,7 +130,7 @@ class Generator:
         """Many accesses on end, that fill a ring."""
         slot, kind = self._slot(), self.rng.choice(("write", "write", "read"))
         start = FIRST if slot is None else slot.base_gfn
-        return "run", self._vcpu(), [[kind, gfn] for gfn in range(start, start + self.rng.choice((10, 100, 260)))]
+        return "run", self._vcpu(), [[kind, gfn] for gfn in range(start, start + self.rng.choice((10, 100, MANY)))]
 
     def _discard(self) -> Call:
         return "discard", self._gfn()
@@ -239,7 +243,8 @@ def _setting(rng: random.Random, kind: str) -> Setting:
     step, start = rng.choice((1, 1, 8, 21)), rng.choice((0, 0, 3, 60))
     offsets = [start + step * number for number in range(rng.randrange(2, 7))] + [rng.randrange(130)]
     manual = {"bitmap": 0, "manual": rng.choice((1, 3)), "ring": rng.choice((0, 0, 1, 3))}[kind]
-    return Setting(kind, vcpus, offsets, rng.choice((4096, 4096, 8192, 1 << 20)) if kind == "ring" else 0, manual)
+    ring = rng.choice((SMALL_RING, SMALL_RING, 8192, 1 << 20)) if kind == "ring" else 0
+    return Setting(kind, vcpus, offsets, ring, manual)
 
 
 def sequence(seed: int, machine: Offers, calls: int, kind: str | None = None) -> tuple[Setting, list[Call], list[Any]]:

@@ -5,6 +5,7 @@ import os
 import pathlib
 import signal
 import sys
+import tempfile
 import threading
 import time
 
@@ -13,7 +14,9 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 from kvmbook import Hardware, Kernel, Vm
 from kvmbook.real import CLAIMS, RealVm, Seen, ask_machine, clear_reports, ring_reports
+from kvmbook.real.__main__ import main
 from kvmbook.real.losses import RING_GFN
+from kvmbook.real.recording import Recording
 
 BASE, NPAGES = 0x100, 64
 SLOT = {"slot": 0, "base_gfn": BASE, "npages": NPAGES}
@@ -319,6 +322,19 @@ def a_clear_forgets_the_huge_page_that_begins_at_its_last_gfn():
                 assert clear_reports(vm, **asked) == reported, asked
                 assert vm.value(written) == vm.vcpu[0].value  # memory has it
                 assert vm.counters["pages_2m"] == (not reported)
+
+
+def two_hundred_sequences_without_a_difference():
+    assert main(["differ", "--sequences", "200"]) == 0
+
+
+def what_is_recorded_agrees_with_the_model_and_comes_again():
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [pathlib.Path(folder, name) for name in ("first.json", "again.json")]
+        for path in paths:
+            assert main(["record", str(path), "--kind", "ring", "--calls", "60"]) == 0
+        first, again = map(Recording.load, paths)
+        assert [call[:3] for call in first.calls] == [call[:3] for call in again.calls]
 
 
 RUNS = {
