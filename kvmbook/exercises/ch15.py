@@ -255,6 +255,8 @@ def _why_no_control(control: Mapping[str, Any]) -> str:
         return "that is the losing run itself"
     if run["written"] not in run["cleared"]:
         return "the page that is written was not cleared, so its bit is still set: it is reported whatever KVM does"
+    if not all(gfn in range(0x3FF, 0x3FF + 64) for gfn in run["cleared"]):
+        return "the CLEAR is of 64 pages, from 0x3ff"
     if run["page_size"] not in ("4K", "2M") or run["manual"] not in (0, 1, 3):
         return "page_size is 4K or 2M, manual 0, 1 or 3"
     return "" if _reported(run) else "the write is still lost"
