@@ -108,12 +108,13 @@ def _named(said: Iterable[Said]) -> list[Said]:
 
 
 def _merged(rows: Iterable[Beside]) -> list[Beside]:
-    """Reads of many pages, one after the other, as one row."""
+    """Accesses of one kind to many pages, one after the other, as one row."""
     merged = list[Beside]()
     for row in rows:
-        if merged and row.call.startswith("read") and merged[-1].call.startswith("read "):
+        kind = row.call.split()[0]
+        if merged and kind in ("read", "write") and merged[-1].call.startswith(f"{kind} "):
             first = merged.pop().call.split()[1]
-            row = row._replace(call=f"read {first} to {row.call.split()[1]}")
+            row = row._replace(call=f"{kind} {first} to {row.call.split()[1]}")
         merged.append(row)
     return merged
 

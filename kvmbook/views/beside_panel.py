@@ -7,7 +7,7 @@ from kvmbook.scenes import ASKED, MODELS, Beside, SideBySide, side_by_side
 from kvmbook.views.drawing import INK, LOOK, LOST, Picture, block, box, svg, text
 from kvmbook.views.panel import Panel, View
 
-SIZE, ROW, TOP = 15, 32, 52
+SIZE, ROW, TOP = 15, 29, 46
 CALL, ANSWER, STATE = 8, 136, 164  # widths of the columns; where the calls begin
 MODEL_AT, MACHINE_AT, SPTE_AT, TLB_AT = 316, 496, 650, 824  # where the others begin
 WIDTH = TLB_AT + STATE + 4
@@ -27,7 +27,7 @@ def _answers(row: Beside) -> list[str]:
     for at, said in ((0, row.model), (MACHINE_AT - MODEL_AT, row.machine)):
         if differ:
             parts.append(
-                box(at, -19, ANSWER, 27, "none", stroke=LOST, extra=' stroke-width="2.5" stroke-dasharray="6 3"')
+                box(at, -18, ANSWER, 25, "none", stroke=LOST, extra=' stroke-width="2.5" stroke-dasharray="6 3"')
             )
         shown = "not asked" if said is None else said
         parts.append(text(at + ANSWER / 2, 0, shown, size=SIZE, bold=differ, italic=said is None))
@@ -45,7 +45,7 @@ def _states(row: Beside, before: Beside | None) -> list[str]:
         fill, changed = LOOK[said][0], said != old
         stale = row.stale and at > 0
         frame = ' stroke-width="3" stroke-dasharray="6 3"' if stale else f' stroke-width="{3 if changed else 1}"'
-        parts.append(box(at, -19, STATE - 6, 27, fill, stroke=LOST if stale else "currentColor", extra=frame))
+        parts.append(box(at, -18, STATE - 6, 25, fill, stroke=LOST if stale else "currentColor", extra=frame))
         ink = INK if fill != "none" else ""
         parts.append(text(at + (STATE - 6) / 2, 0, said, size=SIZE, bold=changed, fill=ink))
     return parts
@@ -54,10 +54,10 @@ def _states(row: Beside, before: Beside | None) -> list[str]:
 def _headings() -> list[str]:
     said = ("call", CALL, "start"), ("model", MODEL_AT + ANSWER / 2, ""), ("machine", MACHINE_AT + ANSWER / 2, "")
     inside = ("SPTE", SPTE_AT + STATE / 2, ""), ("TLB", TLB_AT + STATE / 2, "")
-    wide = [text(x, 38, word, size=SIZE, anchor=anchor, bold=True) for word, x, anchor in (*said, *inside)]
+    wide = [text(x, 36, word, size=SIZE, anchor=anchor, bold=True) for word, x, anchor in (*said, *inside)]
     wide += [
-        text((MODEL_AT + MACHINE_AT + ANSWER) / 2, 16, "seen from outside", size=SIZE),
-        text((SPTE_AT + WIDTH) / 2, 16, "inside: the model only", size=SIZE),
+        text((MODEL_AT + MACHINE_AT + ANSWER) / 2, 14, "seen from outside", size=SIZE),
+        text((SPTE_AT + WIDTH) / 2, 14, "inside: the model only", size=SIZE),
     ]
     lines = ("call", "model's answer = machine's answer", "SPTE, TLB: the model only")
     low = [text(8, 18 + 22 * n, line, size=SIZE, anchor="start", bold=True) for n, line in enumerate(lines)]
@@ -98,7 +98,7 @@ def beside_picture(seen: SideBySide) -> Picture:
     alt = f"{beside_readout(seen)} Call by call: {' '.join(told)}"
     count = len(seen.rows)
     return Picture(
-        svg(WIDTH, TOP + count * ROW + 4, alt, parts, (NARROW_WIDTH, NARROW_TOP + count * NARROW_ROW - 16)), alt, told
+        svg(WIDTH, TOP + count * ROW + 2, alt, parts, (NARROW_WIDTH, NARROW_TOP + count * NARROW_ROW - 16)), alt, told
     )
 
 
