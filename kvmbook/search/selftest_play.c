@@ -27,6 +27,9 @@ static void enable_logging(void)
 	logging = 1;
 	for (page = 0; page < PAGES; page++)
 		copy(page);
+//[told]
+	memset(told, 0, sizeof(told));
+//[end]
 }
 
 //[disables]
