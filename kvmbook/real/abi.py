@@ -1,4 +1,4 @@
-"""KVM's interface as numbers and shapes, under the kernel's names. Source: include/uapi/linux/kvm.h; asm/kvm.h of x86."""
+"""KVM's interface as numbers and shapes, under the kernel's names. See include/uapi/linux/kvm.h; asm/kvm.h of x86."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ class kvm_run(ctypes.Structure):
 
 def _io(number: int, reads: object = None, writes: object = None) -> int:
     """An ioctl's number. ``reads``: the struct that the kernel reads, ``writes``: that it writes; a number for its size.
-    Source: include/uapi/asm-generic/ioctl.h: _IOC()."""
+    See include/uapi/asm-generic/ioctl.h: _IOC()."""
     shape = reads if reads is not None else writes
     size = shape if isinstance(shape, int) else ctypes.sizeof(shape) if shape is not None else 0  # type: ignore[arg-type]
     return (writes is not None) << 31 | (reads is not None) << 30 | size << 16 | 0xAE << 8 | number

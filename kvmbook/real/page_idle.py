@@ -1,7 +1,7 @@
 """How user space asks Linux to age pages: /sys/kernel/mm/page_idle/bitmap, a bit per page frame.
 
 Setting a page's bit ages it everywhere, in KVM by way of the notifier clear_young. When the bit is read, Linux asks again
-whether the page was used since, and drops the bit if so. Source: Documentation/admin-guide/mm/idle_page_tracking.rst.
+whether the page was used since, and drops the bit if so. See Documentation/admin-guide/mm/idle_page_tracking.rst.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def clear_young(hvas: list[int]) -> bool:
 
 
 def _pfn(hva: int) -> int:
-    """The page frame behind a user address, 0 if there is none. Source: Documentation/admin-guide/mm/pagemap.rst."""
+    """The page frame behind a user address, 0 if there is none. See Documentation/admin-guide/mm/pagemap.rst."""
     with PAGEMAP.open("rb", buffering=0) as pagemap:
         (entry,) = struct.unpack("Q", os.pread(pagemap.fileno(), 8, hva // 4096 * 8))
     present, pfn = entry >> 63, entry & (1 << 55) - 1

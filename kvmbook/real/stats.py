@@ -1,4 +1,4 @@
-"""KVM's statistics of a VM or a vCPU by their names, without debugfs. Source: Documentation/virt/kvm/api.rst, 4.133."""
+"""KVM's statistics of a VM or a vCPU by their names, without debugfs. See Documentation/virt/kvm/api.rst, 4.133."""
 
 from __future__ import annotations
 
