@@ -36,7 +36,7 @@ class Replayer:
         software = 3 << 8 if self.fmt.shadow_acc_track_mask else 0
         self._hardware_sets = self.fmt.shadow_accessed_mask | self.fmt.shadow_dirty_mask | software
         self._states: dict[tuple[int, int], str] = {}
-        self._changes: dict[tuple[int, int, int], str] = {}
+        self._changes: dict[tuple[int, int, int, bool], str] = {}
         self._broken: dict[tuple[int, int], str] = {}
 
     def take(self, event: Traced) -> None:
@@ -71,9 +71,9 @@ class Replayer:
 
     def change(self, old: int, new: int, level: int) -> str:
         moved = words.frame(old) != words.frame(new)
-        key = words.without_address(old) | moved << PAGE_SHIFT, words.without_address(new), level
+        key = words.without_address(old), words.without_address(new), level, moved
         if key not in self._changes:
-            self._changes[key] = words.change(self.fmt, key[0], key[1], level)
+            self._changes[key] = words.change(self.fmt, old, new, level)
         return self._changes[key]
 
     def judge(self, event: Traced, gfn: int, spte: int, level: int) -> None:
@@ -89,6 +89,7 @@ class Replayer:
     def kvm_mmu_set_spte(self, event: Traced) -> None:
         gfn, new, rights, level, at = (event.fields[name] for name in ("gfn", "new", "rights", "level", "at"))
         if ("w" in rights) != self.fmt.is_writable_pte(new):
+            self.told.events[event.name] -= 1
             self.told.unread.append(Unread(event.line, f"kvm_mmu_set_spte: says ({rights}) of spte {new:#x}"))
             return
         self.judge(event, gfn, new, level)

@@ -137,6 +137,7 @@ _FORMATS = {name: [Format(template) for template in templates] for name, templat
 
 # "comm-tid (tgid) [cpu] flags time: " and then, as ftrace prints it, "event: ...", or as perf does, "system:event: ...".
 HEAD = re.compile(r"\[(\d{1,5})\] +(?:(\S{1,10}) +)?(\d{1,20}(?:\.\d{1,9})?): +(?:\w+:)?(\w+)(:| <-)(.*)", re.DOTALL)
+LONGEST = 1000  # characters of a line
 LOST = re.compile(r"LOST (\d{1,18})\b")
 NOISE = re.compile(r"\s*(?:#|=> |<stack trace>|version = |cpus=\d|CPU \d+ is empty|[0-9a-f]{6,16} \S.*\(.*\)\s*$)|\s*$")
 TASK = re.compile(r"(.*?)[-\s]+(\d+)(?:/(\d+))?(?:\s+\(\s*(?:\d+|-+)\s*\))?$")
@@ -147,9 +148,11 @@ def read_trace(lines: Iterable[str]) -> Iterator[Read]:
     raises."""
     tasks: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
-        head = HEAD.search(line)
-        if head is None:
-            if (lost := LOST.search(line)) is not None:
+        head = HEAD.search(line[:LONGEST])
+        if head is None or len(line) > LONGEST:
+            if len(line) > LONGEST:
+                yield Unread(number, f"longer than {LONGEST} characters")
+            elif (lost := LOST.search(line)) is not None:
                 yield Lost(number, int(lost[1]))
             elif NOISE.match(line) is None:
                 yield Unread(number, _no_head(line))
