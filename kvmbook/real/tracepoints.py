@@ -1,6 +1,6 @@
 """What KVM's tracepoints print, line by line: the text of ftrace, trace-cmd and `perf script`, read into fields.
 
-Sources: the ``format`` files of Linux v6.18's tracefs, read on a machine that runs it; for v5.19 and before, what
+Taken from the ``format`` files of Linux v6.18's tracefs, read on a machine that runs it; for v5.19 and before, what
 include/trace/events/kvm.h, arch/x86/kvm/trace.h and arch/x86/kvm/mmu/mmutrace.h print (public copies; not run here).
 """
 
