@@ -52,6 +52,7 @@ from kvmbook.model.spte import (
     SPTE_TDP_AD_WRPROT_ONLY_MASK,
     Changed,
     SpteFormat,
+    pages_per_level,
 )
 from kvmbook.model.tlb import Tlb, TlbEntry
 from kvmbook.model.vm import Vcpu, Vm

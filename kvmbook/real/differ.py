@@ -15,7 +15,7 @@ from kvmbook.real.calls import Call, perform
 from kvmbook.real.modelled import ModelVm
 from kvmbook.real.offers import Offers, ask_machine
 from kvmbook.real.progress import Progress
-from kvmbook.real.sequences import DIFFERENCES, KINDS, known_to_differ, sequence
+from kvmbook.real.sequences import DIFFERENCES, KINDS, Setting, known_to_differ, sequence
 from kvmbook.real.vm import RealVm
 
 TRIES = 3  # how often a difference is looked for again
@@ -27,20 +27,22 @@ class Found:
 
     seed: int
     vcpus: int
+    page_size: str
     calls: list[Call]
     steady: bool
 
     def script(self) -> str:
         """The difference as a program."""
         rows = "".join(f"    {call!r},\n" for call in self.calls)
-        return SCRIPT.format(seed=self.seed, vcpus=self.vcpus, rows=rows)
+        how = f"{self.vcpus}, page_size={self.page_size!r}"
+        return SCRIPT.format(seed=self.seed, how=how, rows=rows)
 
 
 NAMES = {"done": "accesses", "MMIO": "exits for MMIO", "dirty ring full": "exits as a ring was full"}
 SCRIPT = """\
 # found by: python -m kvmbook.real differ --sequences 1 --seed {seed}
 from kvmbook.real import ModelVm, RealVm, ask_machine, perform
-model, machine = ModelVm.of(ask_machine(), vcpus={vcpus}), RealVm(vcpus={vcpus})
+model, machine = ModelVm.of(ask_machine(), {how}), RealVm({how})
 for call in [
 {rows}]:
     said, seen = perform(model, *call), perform(machine, *call)
@@ -82,18 +84,29 @@ def differ(seeds: Iterator[int] | range, calls: int, machine: Offers, told: Call
     try:
         for seed in seeds:
             setting, made, answers = sequence(seed, machine, calls)
-            with RealVm(setting.vcpus) as real:
+            with RealVm(setting.vcpus, page_size=setting.page_size) as real:
                 number = first_difference(real, made, answers)
             tally.sequences += 1
             tally.calls += len(made) if number is None else number + 1
             tally.met += _something_to_see(made, answers)
+            tally.met.update(_kinds(setting))
             if number is not None:
-                tally.found.append(_examine(seed, setting.vcpus, made[: number + 1], machine))
+                tally.found.append(_examine(seed, setting, made[: number + 1], machine))
             tally.seconds = time.monotonic() - start
             told(tally)
     except KeyboardInterrupt:
         pass
     return tally
+
+
+def _kinds(setting: Setting) -> list[str]:
+    """What a sequence was on."""
+    kinds = {
+        "with two vCPUs": setting.vcpus > 1,
+        "on 2M pages": setting.page_size == "2M",
+        f"with {setting.kind}": True,
+    }
+    return [name for name, so in kinds.items() if so]
 
 
 def _something_to_see(calls: list[Call], answers: list[Any]) -> Counter[str]:
@@ -116,20 +129,22 @@ def _something_to_see(calls: list[Call], answers: list[Any]) -> Counter[str]:
 # ---- a difference is made small --------------------------------------------------------------------------------------
 
 
-def _examine(seed: int, vcpus: int, calls: list[Call], machine: Offers) -> Found:
+def _examine(seed: int, setting: Setting, calls: list[Call], machine: Offers) -> Found:
+    vcpus, page_size = setting.vcpus, setting.page_size
+
     def differs(some: list[Call]) -> bool:
-        model, answers = ModelVm.of(machine, vcpus), []
+        model, answers = ModelVm.of(machine, vcpus, page_size=page_size), []
         for call in some:
             if known_to_differ(model, call):
                 return False
             answers.append(perform(model, *call))
-        with RealVm(vcpus) as real:
+        with RealVm(vcpus, page_size=page_size) as real:
             return first_difference(real, some, answers) is not None
 
     if not all(differs(calls) for _ in range(TRIES)):
-        return Found(seed, vcpus, calls, steady=False)
+        return Found(seed, vcpus, page_size, calls, steady=False)
     apart = [one for call in calls for one in access_by_access(call)]
-    return Found(seed, vcpus, minimise(apart if differs(apart) else calls, differs), steady=True)
+    return Found(seed, vcpus, page_size, minimise(apart if differs(apart) else calls, differs), steady=True)
 
 
 def access_by_access(call: Call) -> list[Call]:

@@ -12,6 +12,7 @@ from typing import Any, Self
 from kvmbook.model import (
     KVM_USER_MEM_SLOTS,
     PAGE_SHIFT,
+    PG_LEVEL_4K,
     USER_BASE,
     DirtyRing,
     Hardware,
@@ -22,6 +23,7 @@ from kvmbook.model import (
     Tlb,
     Vcpu,
     Vm,
+    pages_per_level,
 )
 from kvmbook.real import guest
 from kvmbook.real.offers import Offers
@@ -44,7 +46,7 @@ def as_hardware(machine: Offers) -> Hardware:
 
 
 def as_kernel(machine: Offers) -> Kernel:
-    """What is known of this release, by its number. Source: the commits named at each switch of `Kernel`."""
+    """What is known of this release, by its number. See the commits named at each switch of `Kernel`."""
     since = machine.since
     return (Kernel.v6_0 if since(6, 0) else Kernel.v5_19).with_(
         name=f"Linux {machine.release}",
@@ -60,12 +62,30 @@ def as_kernel(machine: Offers) -> Kernel:
 @dataclass
 class TouchedMemory(HostMemory):
     """Fresh anonymous memory: the host has a page, writable, once user space has touched it. Until then KVM can prefetch
-    none."""
+    none. Both sets are of user page numbers; where there are huge pages, of all those in one."""
 
     touched: set[int] = field(default_factory=set)
+    looked_at: set[int] = field(default_factory=set)  # the zero page is there
 
     def lookup(self, hva: int) -> HostPage:
         return super().lookup(hva)._replace(writable=hva >> PAGE_SHIFT in self.touched)
+
+    def in_one(self, hva: int) -> range:
+        """The page, with all that are in one with it."""
+        size = pages_per_level(self.lookup(hva).level)
+        first = (hva >> PAGE_SHIFT) & -size
+        return range(first, first + size)
+
+    def take(self, hva: int) -> range:
+        """MADV_DONTNEED of one page; which pages KVM is told of. A huge page is broken up.
+        Source: mm/huge_memory.c: __split_huge_pmd(), v6.12."""
+        number, told = hva >> PAGE_SHIFT, self.in_one(hva)
+        if number not in self.touched | self.looked_at:
+            return range(number, number + 1)
+        self.touched.discard(number)
+        if len(told) > 1:
+            self.pages[number] = self.lookup(hva)._replace(level=PG_LEVEL_4K)
+        return told
 
 
 class ModelVcpu:
@@ -117,9 +137,9 @@ class ModelVm:
 
     It has what a run on a real machine cannot do without: the VM's own memslot, and memory whose contents can be seen."""
 
-    def __init__(self, hardware: Hardware, kernel: Kernel, vcpus: int = 1) -> None:
-        self.vm = Vm(hardware, kernel, vcpus)
-        self.vm.host = self.host = TouchedMemory()
+    def __init__(self, hardware: Hardware, kernel: Kernel, vcpus: int = 1, *, page_size: str = "4K") -> None:
+        self.vm = Vm(hardware, kernel, vcpus, page_size=page_size)
+        self.vm.host = self.host = TouchedMemory(self.vm.host.level)
         self.user_base = USER_BASE
         self._vcpus: list[ModelVcpu] = []
         self._contents: dict[int, dict[int, int]] = {}  # by user page number: each vCPU's last value
@@ -127,9 +147,9 @@ class ModelVm:
         self.vm.set_user_memory_region(OWN_SLOT, own, size, userspace_addr=USER_BASE - (size << PAGE_SHIFT))
 
     @classmethod
-    def of(cls, machine: Offers, vcpus: int = 1) -> Self:
+    def of(cls, machine: Offers, vcpus: int = 1, *, page_size: str = "4K") -> Self:
         """The model as the machine says it is."""
-        return cls(as_hardware(machine), as_kernel(machine), vcpus)
+        return cls(as_hardware(machine), as_kernel(machine), vcpus, page_size=page_size)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.vm, name)
@@ -170,8 +190,9 @@ class ModelVm:
 
     def touch(self, gfn: int) -> None:
         """User space touches the page, if there is one, so that the host has it."""
-        if self.hva(gfn) is not None:
-            self.host.touched.add(self._page(gfn))
+        hva = self.hva(gfn)
+        if hva is not None:
+            self.host.touched.update(self.host.in_one(hva))
 
     def store(self, gfn: int, vcpu: int, value: int) -> None:
         """A guest's write."""
@@ -179,14 +200,20 @@ class ModelVm:
 
     def value(self, gfn: int, vcpu: int = 0) -> int:
         """What the vCPU's last write left in the page; 0 if there was none. ValueError if ``gfn`` is in no slot."""
-        return self._contents.get(self._page(gfn), {}).get(vcpu, 0)
+        page = self._page(gfn)
+        self.host.looked_at.update(self.host.in_one(page << PAGE_SHIFT))
+        return self._contents.get(page, {}).get(vcpu, 0)
 
     def invalidate_range(self, start: int, end: int) -> None:
         """The host takes the pages of [start, end) away, contents and all. ValueError for gfns in no slot."""
         for gfn in range(start, end):
             page = self._page(gfn)
-            self.vm.invalidate_range(gfn, gfn + 1)
-            self.host.touched.discard(page)
+            told = self.host.take(page << PAGE_SHIFT)
+            for slot in self.vm.memslots.slots.values():
+                behind = slot.base_gfn - (slot.userspace_addr >> PAGE_SHIFT)
+                first, end = max(slot.base_gfn, told.start + behind), min(slot.end_gfn, told.stop + behind)
+                if first < end:
+                    self.vm.invalidate_range(first, end)
             self._contents.pop(page, None)
 
     def discard(self, gfn: int) -> None:

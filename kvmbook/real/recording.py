@@ -45,11 +45,12 @@ class Recording:
     machine: Offers
     about: str
     vcpus: int
+    page_size: str
     calls: list[Recorded]
 
     def save(self, path: Path) -> None:
         """A call a line, so that two recordings can be compared line by line."""
-        head = {"about": self.about, "machine": asdict(self.machine), "vcpus": self.vcpus}
+        head = {"about": self.about, "machine": asdict(self.machine), "vcpus": self.vcpus, "page_size": self.page_size}
         lines = ",\n".join(json.dumps(call, separators=(",", ":")) for call in self.calls)
         path.write_text(f'{json.dumps(head)[:-1]}, "calls": [\n{lines}\n]}}\n')
 
@@ -57,7 +58,7 @@ class Recording:
     def load(cls, path: Path) -> Recording:
         kept = json.loads(path.read_text())
         calls = [Recorded(*call) for call in kept["calls"]]
-        return cls(Offers(**kept["machine"]), kept["about"], kept["vcpus"], calls)
+        return cls(Offers(**kept["machine"]), kept["about"], kept["vcpus"], kept["page_size"], calls)
 
 
 class Replayed(NamedTuple):
@@ -73,22 +74,22 @@ class Replayed(NamedTuple):
 
 def replay(recording: Recording, vm: AnyVm | None = None) -> Iterator[Replayed]:
     """Ask each call of ``vm``; of the model of the recorded machine, if None."""
-    asked = ModelVm.of(recording.machine, recording.vcpus) if vm is None else vm
+    asked = ModelVm.of(recording.machine, recording.vcpus, page_size=recording.page_size) if vm is None else vm
     for recorded in recording.calls:
         yield Replayed(recorded, perform(asked, *recorded.call))
 
 
-def record(calls: list[Call], vcpus: int, about: str) -> Recording:
+def record(calls: list[Call], about: str, vcpus: int = 1, *, page_size: str = "4K") -> Recording:
     """Ask each call of this machine, and keep its answers. `NoKvm` where there is no usable KVM."""
     kept = []
-    with RealVm(vcpus) as vm:
+    with RealVm(vcpus, page_size=page_size) as vm:
         before = vm.counters
         for call in calls:
             answer, after = perform(vm, *call), vm.counters
             changes = {name: after.get(name, 0) - before.get(name, 0) for name in COUNTERS}
             kept.append(Recorded(call[0], list(call[1:]), answer, {name: by for name, by in changes.items() if by}))
             before = after
-    return Recording(without_local_name(ask_machine()), about, vcpus, kept)
+    return Recording(without_local_name(ask_machine()), about, vcpus, page_size, kept)
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -106,8 +107,9 @@ def make_recording(arguments: argparse.Namespace) -> int:
     kind, count, seed = arguments.kind, arguments.calls, arguments.seed
     setting, calls, _ = sequence(seed, ask_machine(), count, kind)
     about = f"python -m kvmbook.real record --kind {setting.kind} --calls {count} --seed {seed}"
-    recording = record(calls, setting.vcpus, about)
+    recording = record(calls, about, setting.vcpus, page_size=setting.page_size)
     recording.save(arguments.path)
     agree = sum(replayed.agrees for replayed in replay(recording))
-    print(f"{arguments.path}: {count} calls on {setting.vcpus} vCPUs; the model agrees with {agree}")
+    vm = f"{setting.vcpus} vCPUs, {setting.page_size} pages"
+    print(f"{arguments.path}: {count} calls on {vm}; the model agrees with {agree}")
     return int(agree < count)

@@ -17,12 +17,13 @@ from kvmbook.real.calls import Call, perform
 from kvmbook.real.modelled import OWN_SLOT, ModelVm
 from kvmbook.real.offers import Offers
 
-KINDS = ("bitmap", "manual", "ring")
+KINDS = ("bitmap", "manual", "ring")  # manual: a bitmap, with manual protect from the beginning
 SLOTS = (0, 1, 2, 5, OWN_SLOT - 1)
 SIZES = (1, 7, 63, 64, 64, 65, 128, 130, 300)
 FIRST, SPAN = 0x100, 0x200  # gfns that slots begin at
+LARGE_SIZES, LARGE_BASES = (513, 513, 600, 1100, 64, 300), (0x100, 0x1FF, 0x200, 0x3C1, 0x3FF, 0x400, 0x410)
 FAR = 0x8_0000  # gfns that no guest touches
-LOG, READONLY = 1, 2
+LOG, READONLY, LARGE = 1, 2, 512
 SMALL_RING, MANY = 4096, 260  # bytes; accesses that fill such a ring
 
 
@@ -73,11 +74,15 @@ def known_to_differ(vm: ModelVm, call: Call) -> bool:
 
 @dataclass
 class Setting:
-    """What a sequence is about. ``offsets``: the pages of a slot that the guest touches. ``ring``: its bytes, or 0."""
+    """What a sequence is about. ``page_size``: the host's. ``offsets``: the pages of a slot that the guest touches.
+    ``sizes``, ``bases``: of slots, in pages. ``ring``: its bytes, or 0. ``manual``: the capability's argument at first."""
 
     kind: str
     vcpus: int
+    page_size: str
     offsets: list[int]
+    sizes: tuple[int, ...]
+    bases: tuple[int, ...]
     ring: int
     manual: int
 
@@ -87,23 +92,35 @@ class Generator:
 
     def __init__(self, seed: int, machine: Offers, kind: str | None = None) -> None:
         self.rng = rng = random.Random(seed)
-        self.setting = setting = _setting(rng, kind or rng.choices(KINDS, (5, 3, 2))[0])
-        self.vm = ModelVm.of(machine, setting.vcpus)
-        self.opening: list[Call] = []
-        if setting.ring:
-            self.opening.append(("enable_dirty_ring", setting.ring))
+        large = rng.random() < 0.15 and machine.huge_pages
+        kind = kind or rng.choices(KINDS, (2, 5, 1) if large else (5, 3, 2))[0]
+        self.setting = setting = _setting(rng, kind, large)
+        self.vm = ModelVm.of(machine, setting.vcpus, page_size=setting.page_size)
+        self.planned = self._opening()
+
+    def _opening(self) -> list[Call]:
+        """The first calls: capabilities, a slot, and in some sequences what fills a ring, or large pages to begin with."""
+        rng, setting = self.rng, self.setting
+        calls: list[Call] = [("enable_dirty_ring", setting.ring)] if setting.ring else []
         if setting.manual or rng.random() < 0.1:
-            self.opening.append(("manual_protect", setting.manual))
-        size = rng.choice((64, 130, 300, 300) if setting.ring else SIZES)
-        self.opening.append(("memory_region", 0, rng.choice((0, LOG, LOG)), FIRST, size, FIRST))
+            calls.append(("manual_protect", setting.manual))
+        base, large = setting.bases[0], setting.page_size == "2M"
+        size = rng.choice((64, 130, 300, 300) if setting.ring and not large else setting.sizes)
+        calls.append(("memory_region", 0, rng.choice((0, LOG, LOG)), base, size, base))
         if setting.ring == SMALL_RING and rng.random() < 0.4:
             many = min(size, rng.choice((150, MANY)))
-            self.opening.append(("run", 0, [["write", FIRST + page] for page in range(many)]))
+            calls.append(("run", 0, [["write", base + page] for page in range(many)]))
+        if large and rng.random() < 0.6:
+            border = base + -base % LARGE
+            calls[-1] = ("memory_region", 0, 0, base, max(size, LARGE + 1), base)
+            calls.append(("run", 0, [["write", base], ["write", border], ["write", border + 1]]))
+            calls.append(("memory_region", 0, LOG, base, max(size, LARGE + 1), base))
+        return calls
 
     def next(self) -> Call:
         """The next call."""
-        if self.opening:
-            return self.opening.pop(0)
+        if self.planned:
+            return self.planned.pop(0)
         while True:
             call = self._any()
             if not known_to_differ(self.vm, call):
@@ -151,7 +168,7 @@ class Generator:
         """A slot more, or one that is there with other pages, memory or flags."""
         rng, base = self.rng, self._base()
         flags, behind = rng.choice((0, 0, LOG, LOG, READONLY, 3)), rng.choice((base, base, base, FIRST))
-        return "memory_region", rng.choice(SLOTS), flags, base, rng.choice(SIZES), behind
+        return "memory_region", rng.choice(SLOTS), flags, base, rng.choice(self.setting.sizes), behind
 
     def _move(self) -> Call:
         slot = self._slot()
@@ -194,11 +211,26 @@ class Generator:
 
     def _clear(self) -> Call:
         rng, slot = self.rng, self._slot()
+        if slot is not None and self.setting.page_size == "2M" and rng.random() < 0.7:
+            return self._clear_at_a_border(slot)
         npages = slot.npages if slot is not None else 64
         first = rng.choice((0, 0, 0, 64, npages & ~63, rng.randrange(npages + 2)))
         count = max(0, rng.choice((npages - first, npages - first, 64, 128, npages - first + 1, rng.randrange(130))))
         pages = [page for page in range(count) if rng.random() < rng.choice((0.1, 0.9))]
         return "clear_dirty_log", self._number(slot), first, count, [-1] if count and rng.random() < 0.05 else pages
+
+    def _clear_at_a_border(self, slot: MemorySlot) -> Call:
+        """A few pages of one word, around the place in it where a 2M page begins, if there is one; often the last is then
+        written."""
+        rng, border = self.rng, -slot.base_gfn % LARGE
+        first = (border if border < slot.npages else rng.randrange(slot.npages)) & ~63
+        count = min(64, slot.npages - first)
+        near = (border - first - 1, border - first, border - first + 1, 0, count - 1, rng.randrange(count))
+        pages = sorted({page for page in rng.choices(near, k=rng.choice((1, 2, 2, 3))) if 0 <= page < count})
+        if pages and not self.setting.ring and rng.random() < 0.7:
+            write = ["write", slot.base_gfn + first + pages[-1]]
+            self.planned = [("run", self._vcpu(), [write]), ("get_dirty_log", slot.number)]
+        return "clear_dirty_log", slot.number, first, count, pages
 
     def _capability(self) -> Call:
         if self.rng.random() < 0.3:
@@ -224,6 +256,8 @@ class Generator:
         return slot.base_gfn + self.rng.choice(self.setting.offsets) % slot.npages
 
     def _base(self) -> int:
+        if self.setting.page_size == "2M":
+            return self.rng.choice(self.setting.bases)
         return FIRST + self.rng.randrange(0, SPAN, self.rng.choice((1, 16, 64)))
 
     def _slot(self) -> MemorySlot | None:
@@ -238,13 +272,23 @@ class Generator:
         return slot.number
 
 
-def _setting(rng: random.Random, kind: str) -> Setting:
-    vcpus = rng.choices((1, 2), (2, 1))[0]
+def _setting(rng: random.Random, kind: str, large: bool) -> Setting:
     step, start = rng.choice((1, 1, 8, 21)), rng.choice((0, 0, 3, 60))
     offsets = [start + step * number for number in range(rng.randrange(2, 7))] + [rng.randrange(130)]
-    manual = {"bitmap": 0, "manual": rng.choice((1, 3)), "ring": rng.choice((0, 0, 1, 3))}[kind]
-    ring = rng.choice((SMALL_RING, SMALL_RING, 8192, 1 << 20)) if kind == "ring" else 0
-    return Setting(kind, vcpus, offsets, ring, manual)
+    bases: tuple[int, ...] = (FIRST,)
+    if large:
+        offsets, first = [0, 1, 2, LARGE - 1, LARGE, LARGE + 1, rng.randrange(LARGE)], rng.choice((0x3FF, 0x3C1, 0x200))
+        bases = (first, *LARGE_BASES)
+    return Setting(
+        kind=kind,
+        vcpus=rng.choices((1, 2), (2, 1))[0],
+        page_size="2M" if large else "4K",
+        offsets=offsets,
+        sizes=LARGE_SIZES if large else SIZES,
+        bases=bases,
+        ring=rng.choice((SMALL_RING, SMALL_RING, 8192, 1 << 20)) if kind == "ring" else 0,
+        manual={"bitmap": 0, "manual": rng.choice((1, 3, 3)), "ring": rng.choice((0, 0, 1, 3))}[kind],
+    )
 
 
 def sequence(seed: int, machine: Offers, calls: int, kind: str | None = None) -> tuple[Setting, list[Call], list[Any]]:

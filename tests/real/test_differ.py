@@ -71,7 +71,7 @@ def test_each_known_difference_has_a_name_a_reason_and_is_not_asked():
     assert all(len(difference.why) > 50 for difference in DIFFERENCES)
     for seed in range(60):
         setting, calls, _ = sequence(seed, MACHINE, 25, "ring")
-        vm = ModelVm.of(MACHINE, setting.vcpus)
+        vm = ModelVm.of(MACHINE, setting.vcpus, page_size=setting.page_size)
         for call in calls:
             assert not sequences.known_to_differ(vm, call)
             perform(vm, *call)
@@ -116,8 +116,9 @@ def test_a_stale_entry_that_forbids_a_write_gives_a_second_ring_entry_or_not():
 class Broken(ModelVm):
     """A machine that never flushes when logging is enabled."""
 
-    def __init__(self, vcpus):
-        super().__init__(as_hardware(MACHINE), as_kernel(MACHINE).with_(flush=FlushPolicy.NEVER), vcpus)
+    def __init__(self, vcpus, page_size):
+        kernel = as_kernel(MACHINE).with_(flush=FlushPolicy.NEVER)
+        super().__init__(as_hardware(MACHINE), kernel, vcpus, page_size=page_size)
 
 
 @pytest.fixture
@@ -130,7 +131,7 @@ def stands_in(monkeypatch):
 
 
 def test_the_model_does_not_differ_from_itself(stands_in, capsys):
-    stands_in(lambda vcpus: ModelVm.of(MACHINE, vcpus))
+    stands_in(lambda vcpus, page_size: ModelVm.of(MACHINE, vcpus, page_size=page_size))
     assert main(["differ", "--sequences", "60", "--seed", "5"]) == 0
     printed = capsys.readouterr().out
     assert "seeds from 5" in printed and "60 sequences, 1,500 calls" in printed and ": 0 differences" in printed
@@ -159,26 +160,20 @@ def test_a_script_runs_alone(stands_in):
     ]
 
 
-def test_what_does_not_come_again_is_told_apart(stands_in, capsys):
-    made = iter([Broken] * 150)
+def test_what_does_not_come_again_is_told_apart(monkeypatch, stands_in, capsys):
+    """A machine that is broken until the first difference has been seen."""
+    examine, looked = differ._examine, []
 
-    def once(vcpus):
-        """Broken until the first difference has been seen."""
-        return Broken(vcpus) if next(made, None) and not looked else ModelVm.of(MACHINE, vcpus)
-
-    looked = []
-    stands_in(once)
-    examine = differ._examine
+    def once(vcpus, page_size):
+        return ModelVm.of(MACHINE, vcpus, page_size=page_size) if looked else Broken(vcpus, page_size)
 
     def look(*arguments):
         looked.append(True)
         return examine(*arguments)
 
-    differ._examine = look
-    try:
-        assert main(["differ", "--sequences", "100"]) == 0
-    finally:
-        differ._examine = examine
+    stands_in(once)
+    monkeypatch.setattr(differ, "_examine", look)
+    assert main(["differ", "--sequences", "100"]) == 0
     printed = capsys.readouterr().out
     assert "# did not come again: seed" in printed and ": 0 differences" in printed and "besides, 1" in printed
 
