@@ -24,6 +24,7 @@ FIRST, SPAN = 0x100, 0x200  # gfns that slots begin at
 LARGE_SIZES, LARGE_BASES = (513, 513, 600, 1100, 64, 300), (0x100, 0x1FF, 0x200, 0x3C1, 0x3FF, 0x400, 0x410)
 FAR = 0x8_0000  # gfns that no guest touches
 LOG, READONLY, LARGE = 1, 2, 512
+NARROWEST, WIDEST = 1 << 36, 1 << 52  # bytes of guest-physical addresses
 SMALL_RING, MANY = 4096, 260  # bytes; accesses that fill such a ring
 
 
@@ -51,6 +52,14 @@ def _asks_a_stale_entry(vm: ModelVm, call: Call) -> bool:
     return False
 
 
+def _is_about_the_width(vm: ModelVm, call: Call) -> bool:
+    if not vm.hardware.tdp or call[0] not in ("memory_region", "memory_region_at"):
+        return False
+    _, _, start, size, _ = call[1:]
+    end: int = (start + size) << (PAGE_SHIFT if call[0] == "memory_region" else 0)
+    return NARROWEST <= end <= WIDEST + LARGE * PAGE_SIZE
+
+
 DIFFERENCES = (
     Difference(
         "the VM's own slot",
@@ -63,6 +72,12 @@ DIFFERENCES = (
         "its ring too; a CPU may also have forgotten. The model's remembers, this machine's (kvm_pvm) does not. "
         "Without a ring nobody can tell: the page's bit is set already.",
         _asks_a_stale_entry,
+    ),
+    Difference(
+        "how wide a guest-physical address is, with EPT or NPT",
+        "That is the CPU's width, less what memory encryption takes, and the model has its own. Without TDP it is 52 bits "
+        "everywhere, and is asked.",
+        _is_about_the_width,
     ),
 )
 

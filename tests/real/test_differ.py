@@ -78,7 +78,7 @@ def test_each_known_difference_has_a_name_a_reason_and_is_not_asked():
 
 
 def test_the_vms_own_slot_is_not_asked_about():
-    own, _ = DIFFERENCES
+    own = DIFFERENCES[0]
     vm = ModelVm.of(MACHINE)
     assert own.meets(vm, ("get_dirty_log", OWN_SLOT)) and own.meets(vm, ("memory_region", OWN_SLOT, 0, 0, 1, 0))
     assert not own.meets(vm, ("get_dirty_log", 0)) and not own.meets(vm, ("discard", OWN_SLOT))
@@ -98,7 +98,7 @@ def stale(*more):
 
 
 def test_a_stale_entry_that_forbids_a_write_gives_a_second_ring_entry_or_not():
-    _, difference = DIFFERENCES
+    difference = DIFFERENCES[1]
     write = ("run", 0, [["write", 0x100]])
     assert difference.meets(stale(), write)
     assert not difference.meets(stale(), ("run", 0, [["read", 0x100]]))
@@ -108,6 +108,15 @@ def test_a_stale_entry_that_forbids_a_write_gives_a_second_ring_entry_or_not():
     forgetful.vm.vcpu[0].evict(0x100)
     perform(forgetful, *write)
     assert [len(perform(vm, "harvest", 0)) for vm in (remembering, forgetful)] == [1, 0]
+
+
+def test_the_width_of_addresses_is_asked_without_tdp_only():
+    difference, shadow = DIFFERENCES[2], ModelVm.of(MACHINE)
+    ept = ModelVm.of(replace(MACHINE, paging="EPT", tdp_mmu=True))
+    in_pages, in_bytes = ("memory_region", 0, 0, (1 << 40) - 64, 64, 0), ("memory_region_at", 0, 0, 1 << 46, 4096, 0)
+    low = ("memory_region", 0, 0, 0x100, 64, 0x100)
+    assert [difference.meets(ept, call) for call in (in_pages, in_bytes, low)] == [True, True, False]
+    assert not any(difference.meets(shadow, call) for call in (in_pages, in_bytes, low))
 
 
 # ---- a difference is found and made small ----------------------------------------------------------------------------
