@@ -13,7 +13,7 @@ from kvmbook.model.dirty_log import ClearDirtyLog, GetDirtyLog, ResetDirtyRings
 from kvmbook.model.faults import Outcome, PageFault
 from kvmbook.model.guest_memory import WriteGuest
 from kvmbook.model.hardware import Hardware
-from kvmbook.model.host import USER_BASE
+from kvmbook.model.host import USER_BASE, HostMemory, HostPage
 from kvmbook.model.invariants import check, check_leaf, key_invariant
 from kvmbook.model.kernel import FlushPolicy, FlushRule, Kernel
 from kvmbook.model.machine import Event, Machine, Operation, VcpuState, step
@@ -22,11 +22,15 @@ from kvmbook.model.memslots import (
     KVM_MEM_LOG_DIRTY_PAGES,
     KVM_MEM_MAX_NR_PAGES,
     KVM_MEM_READONLY,
+    KVM_USER_MEM_SLOTS,
     PAGE_SIZE,
+    TASK_SIZE_MAX,
     Change,
+    DirtyRing,
     MemoryRegion,
     MemorySlot,
     bit_offsets,
+    fits,
     to_bits,
     to_words,
 )
@@ -48,7 +52,8 @@ from kvmbook.model.spte import (
     SPTE_TDP_AD_WRPROT_ONLY_MASK,
     Changed,
     SpteFormat,
+    pages_per_level,
 )
-from kvmbook.model.tlb import TlbEntry
+from kvmbook.model.tlb import Tlb, TlbEntry
 from kvmbook.model.vm import Vcpu, Vm
 from kvmbook.model.wrprot import TrackGuestPageTable

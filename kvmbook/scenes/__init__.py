@@ -1,8 +1,9 @@
 """The runs that chapters tell, and words for what they show: pure functions from a few settings to results.
 
-`enabling` is the story of chapters 01 and 08, `slots` of chapter 02, `words` and `decoding` of chapter 03, `remembering` of
-chapter 04, `writes` of chapter 05, `ageing` of chapter 06, `faulting` of chapter 07, `reasons` of chapter 09; `runs` retells
-any run moment by moment. For notebooks, for views, which draw the results, and for exercises, which ask about them.
+`enabling` is the story of chapters 01 and 08, `slots` of chapter 02, `words` and `decoding` of chapter 03, `remembering`
+of chapter 04, `writes` of chapter 05, `ageing` of chapter 06, `faulting` of chapter 07, `reasons` of chapter 09, `beside`
+of chapter 15; `runs` retells any run moment by moment. For notebooks, for views, which draw the results, and for
+exercises, which ask about them.
 """
 
 from kvmbook.scenes.ageing import (
@@ -16,6 +17,7 @@ from kvmbook.scenes.ageing import (
     age_touch_ask,
     measure,
 )
+from kvmbook.scenes.beside import ASKED, CPUS, MODELS, Beside, SideBySide, reproduces, side_by_side
 from kvmbook.scenes.decoding import (
     HELPERS,
     NOT_ASKED,

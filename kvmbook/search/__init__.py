@@ -1,15 +1,19 @@
 """Every interleaving of the model: searched, counted, judged for any number of pages and vCPUs.
 
-`schedule` has the steps of a small VM and the plain search; `cells` and `tables` keep what each step does, `space` numbers
-the states, `explore` visits them, `products` counts them without, `anynumber` and `flush_rules` judge. For chapters 10 and
-11, and for whoever wants to know whether a change of the model can lose a write.
+`schedule` has the steps of a small VM and the plain search; `playing`, `selftest` and `recorder` make a run a C program for
+a real KVM; `cells` and `tables` keep what each step does, `space` numbers the states, `explore` visits them, `products`
+counts them without, `anynumber` and `flush_rules` judge. For chapters 10 and 11, and for whoever wants to know whether a
+change of the model can lose a write.
 """
 
 from kvmbook.search.anynumber import AnyNumber, Verdict, any_number
 from kvmbook.search.cells import BLANK_VIEW, Cells, control_of, ioctl_of, view_of, word_of
 from kvmbook.search.explore import Result, Search, explore
 from kvmbook.search.flush_rules import BITS, BitRule, Leaf, all_rules, as_bits, cost, least, leaves_met, sound_rules
+from kvmbook.search.playing import Call, Cleared, Script, script_of
 from kvmbook.search.products import count_any_size, count_states, pages_seen
+from kvmbook.search.recorder import Recorder
 from kvmbook.search.schedule import Action, Grain, act, plain_search, possible, smallest_vm
+from kvmbook.search.selftest import FORMS, c_program, left_to_chance
 from kvmbook.search.space import Space, space_of
 from kvmbook.search.tables import EXIT, PageSteps, Pairs

@@ -15,7 +15,9 @@ import numpy as np
 
 from kvmbook.model import Hardware, Kernel, Vm
 from kvmbook.search.cells import Control
+from kvmbook.search.playing import script_of
 from kvmbook.search.schedule import Action, Grain, replay, smallest_vm
+from kvmbook.search.selftest import c_program
 from kvmbook.search.space import MOST_STATES, Space, space_of
 from kvmbook.search.tables import EXIT, UserSteps
 
@@ -51,6 +53,14 @@ class Result:
         """A new VM after the steps of the trace."""
         vm = smallest_vm(self.hardware, self.kernel, self.pages, self.vcpus, self.grain)
         return replay(vm, self.trace or (), self.grain)
+
+    def to_selftest(self, form: str = "standalone") -> str:
+        """The trace as a C program for a real KVM, which plays what user space can play of it: see `c_program`. ValueError
+        if no run loses a write."""
+        if self.trace is None:
+            raise ValueError("no run loses a write: there is none to play")
+        script = script_of(self.hardware, self.kernel, self.pages, self.vcpus, self.grain, self.trace)
+        return c_program(script, form)
 
     def __str__(self) -> str:
         size = f"{self.states:,} states, {self.transitions:,} transitions, depth {self.depth}"

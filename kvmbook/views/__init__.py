@@ -6,6 +6,7 @@ mechanism of all panels; each panel has a room. For notebooks and exercises.
 """
 
 from kvmbook.views.ageing_panel import age_touch_and_ask
+from kvmbook.views.beside_panel import beside_picture, model_beside_machine
 from kvmbook.views.book_map import book_map
 from kvmbook.views.drawing import INK, LOOK, Picture
 from kvmbook.views.enabling_panels import lose_a_write, who_flushes_where
