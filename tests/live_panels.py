@@ -3,24 +3,29 @@
 import functools
 import importlib
 import inspect
+import pathlib
 import pkgutil
 
 import kvmbook.exercises
 import kvmbook.views
-from kvmbook.views import NumberGuess, Panel
+from kvmbook.views import NumberGuess, Panel, book_map
+
+NOTEBOOKS = pathlib.Path(__file__).parent.parent / "notebooks"
 
 
 @functools.cache
 def by_title():
-    """Every panel of the package, by its title: what its functions without parameters that promise a `Panel` return."""
+    """Every panel of the package, by its title: what its functions that promise a `Panel`, and need no argument, return. The
+    map of the book is told where the chapters are."""
     found = {}
     for room in pkgutil.iter_modules(kvmbook.views.__path__, "kvmbook.views."):
         module = importlib.import_module(room.name)
         for name, function in inspect.getmembers(module, inspect.isfunction):
             wants = inspect.signature(function)
-            promises = str(wants.return_annotation).endswith("Panel") and not wants.parameters
+            needs_none = all(one.default is not one.empty for one in wants.parameters.values())
+            promises = str(wants.return_annotation).endswith("Panel") and needs_none
             if function.__module__ == module.__name__ and promises and not name.startswith("_"):
-                panel = function()
+                panel = function(NOTEBOOKS) if function is book_map else function()
                 found[panel.title] = panel
     assert all(isinstance(panel, Panel) for panel in found.values())
     return found

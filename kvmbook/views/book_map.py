@@ -102,7 +102,7 @@ def _numbers(chapters: Iterable[int]) -> str:
     return listed([str(number) for number in sorted(chapters)])
 
 
-def book_map(folder: str = ".") -> Panel:
+def book_map(folder: str | pathlib.Path = ".") -> Panel:
     """Which chapters a chapter asks for, and those in turn; ``folder`` has the notebooks. Errors as `chapters_in`."""
     chapters = chapters_in(pathlib.Path(folder))
 

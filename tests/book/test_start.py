@@ -255,7 +255,7 @@ COMMANDS = {
     "book": (["book.py"], "book"),
     "slides": (["slides.py"], "book"),
     "pdf": (["browser.py", "book.py", "pdf.py"], "book"),
-    "run": (["store_outputs.py"], "book"),
+    "run": (["store_outputs.py", "minutes.py", "store_outputs.py"], "book"),
 }
 
 
