@@ -43,16 +43,19 @@ WINGS = {
     ],
 }  # fmt: skip
 PACKAGE = ROOT / "kvmbook"
+NAMED_AS_THEIR_ROOM = ("explore", "book_map")
 
 
 def imports_of(path):
-    """The modules that a file imports; ``from kvmbook.model import faults`` imports a room too, but search's face has a
-    function of the name of its room `explore`."""
+    """The modules that a file imports; ``from kvmbook.model import faults`` imports a room too, but `NAMED_AS_THEIR_ROOM` are
+    functions that a face hands on."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
             rooms = WINGS.get(node.module.removeprefix("kvmbook."), []) if node.module.startswith("kvmbook.") else []
             inside = [
-                f"{node.module}.{alias.name}" for alias in node.names if alias.name in rooms and alias.name != "explore"
+                f"{node.module}.{alias.name}"
+                for alias in node.names
+                if alias.name in rooms and alias.name not in NAMED_AS_THEIR_ROOM
             ]
             yield from inside or [node.module]
         elif isinstance(node, ast.Import):
