@@ -200,14 +200,15 @@ static void see_that_pages_are_huge(void)
 /* What a vCPU's TLB remembers is kept if the vCPU stays on one CPU. */
 static void stay_on_cpu(int number)
 {
-	cpu_set_t allowed, one;
+	static cpu_set_t allowed;	/* asked once: a thread inherits the one CPU of the thread that makes it */
+	cpu_set_t one = { 0 };
 	int cpu;
 
-	sched_getaffinity(0, sizeof(allowed), &allowed);
+	if (!CPU_COUNT(&allowed))
+		sched_getaffinity(0, sizeof(allowed), &allowed);
 	number %= CPU_COUNT(&allowed);
 	for (cpu = 0; number || !CPU_ISSET(cpu, &allowed); cpu++)
 		number -= !!CPU_ISSET(cpu, &allowed);
-	CPU_ZERO(&one);
 	CPU_SET(cpu, &one);
 	sched_setaffinity(0, sizeof(one), &one);
 }

@@ -1,6 +1,7 @@
 """A run as a C program: what user space can play of it, the verdict's places, and that a C compiler takes it without a word.
 What the programs say on a real KVM is for tests/real."""
 
+import os
 import pathlib
 import platform
 import re
@@ -164,6 +165,19 @@ def test_gcc_has_nothing_to_say(made, form, gcc, tmp_path):
     command = [gcc, "-O1", *WARNINGS, "run.c", *with_stubs]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and not done.stderr, done.stderr
+
+
+def test_those_who_are_to_meet_are_on_cpus_of_their_own(gcc, tmp_path):
+    text = c_program(MADE["fault_across_enabling"].script)
+    says = 'stay_on_cpu(who);\n\tprintf("on CPU %d\\n", sched_getcpu());\n'
+    text = text.replace("stay_on_cpu(who);\n", says).replace(
+        "\topen_kvm();\n", "\tstart_crew();\n\tstop_crew();\n\treturn 0;\n"
+    )
+    (tmp_path / "run.c").write_text(text)
+    subprocess.run([gcc, "-w", "-pthread", "run.c", "-o", "run"], cwd=tmp_path, check=True)
+    said = subprocess.run(["./run"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    on = re.findall(r"on CPU \d+", said)
+    assert len(on) == 2 and len(set(on)) == min(2, len(os.sched_getaffinity(0)))
 
 
 def test_without_kvm_a_program_says_so_and_skips(gcc, tmp_path):
