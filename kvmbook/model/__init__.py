@@ -14,7 +14,7 @@ from kvmbook.model.faults import Outcome, PageFault
 from kvmbook.model.guest_memory import WriteGuest
 from kvmbook.model.hardware import Hardware
 from kvmbook.model.host import USER_BASE, HostMemory, HostPage
-from kvmbook.model.invariants import check, check_leaf, key_invariant
+from kvmbook.model.invariants import check, check_leaf, key_invariant, rule_against
 from kvmbook.model.kernel import FlushPolicy, FlushRule, Kernel
 from kvmbook.model.machine import Event, Machine, Operation, VcpuState, step
 from kvmbook.model.memory_regions import SetUserMemoryRegion, kvm_mmu_slot_apply_flags

@@ -10,7 +10,17 @@ from collections.abc import Callable
 
 from kvmbook.model.machine import Machine
 from kvmbook.model.memslots import MemorySlot
-from kvmbook.model.spte import EPT_RWX_MASK, PG_LEVEL_4K, SHADOW_ACC_TRACK_SAVED_MASK, SpteFormat, pages_per_level
+from kvmbook.model.spte import (
+    EPT_RWX_MASK,
+    PG_LEVEL_4K,
+    PT_WRITABLE_MASK,
+    READ_MASK,
+    SHADOW_ACC_TRACK_SAVED_MASK,
+    SPTE_TDP_AD_DISABLED_MASK,
+    SPTE_TDP_AD_MASK,
+    SpteFormat,
+    pages_per_level,
+)
 
 
 def check_leaf(fmt: SpteFormat, gfn: int, spte: int) -> None:
@@ -20,6 +30,29 @@ def check_leaf(fmt: SpteFormat, gfn: int, spte: int) -> None:
     if fmt.shadow_acc_track_mask and spte & SHADOW_ACC_TRACK_SAVED_MASK:
         assert not fmt.spte_ad_enabled(spte), f"gfn {gfn:#x}: saved R/X bits in an SPTE that has A/D bits"
         assert not spte & EPT_RWX_MASK, f"gfn {gfn:#x}: saved R/X bits in an accessible SPTE"
+
+
+def rule_against(fmt: SpteFormat, spte: int) -> str:
+    """The first rule that a leaf, or what is not present, breaks, so that no KVM makes it; "" if there is none."""
+    if not fmt.is_shadow_present_pte(spte):
+        walked = any(fmt.hardware_rights(spte)) and not fmt.is_mmio_spte(spte)
+        return "it is not MMU-present, but hardware would use it" if walked else ""
+    try:
+        check_leaf(fmt, 0, spte)
+    except AssertionError as error:
+        return str(error).removeprefix("gfn 0x0: ")
+    ad_type = spte & SPTE_TDP_AD_MASK
+    if ad_type == SPTE_TDP_AD_MASK:
+        return "type 3 does not exist"
+    if not fmt.shadow_acc_track_mask and spte & (SPTE_TDP_AD_MASK | SHADOW_ACC_TRACK_SAVED_MASK):
+        return "outside EPT the type is always 0, and nothing is ever saved"
+    if fmt.shadow_acc_track_mask and not fmt.kvm_ad_enabled and ad_type != SPTE_TDP_AD_DISABLED_MASK:
+        return "where KVM has no A/D bits each leaf is of type 1"
+    if fmt.shadow_acc_track_mask and spte & (READ_MASK | PT_WRITABLE_MASK) == PT_WRITABLE_MASK:
+        return "EPT with W but not R is a misconfiguration"
+    if not any(fmt.hardware_rights(spte)) and not fmt.is_access_track_spte(spte):
+        return "it grants nothing, and it is not access-tracked"
+    return ""
 
 
 def leaves_are_legal(m: Machine) -> None:

@@ -27,7 +27,7 @@ from kvmbook.model import (
     Kernel,
     SpteFormat,
     Vm,
-    check_leaf,
+    rule_against,
 )
 
 SUPPRESS_VE = 1 << 63  # since v6.10 set in what maps nothing
@@ -70,27 +70,10 @@ def state(fmt: SpteFormat, spte: int, level: int) -> str:
 
 
 def broken_rule(fmt: SpteFormat, spte: int, level: int = PG_LEVEL_4K) -> str:
-    """The first rule that a leaf, or what is not present, breaks, so that no KVM makes it; "" if there is none."""
-    if not fmt.is_shadow_present_pte(spte):
-        used = any(fmt.hardware_rights(spte)) and not fmt.is_mmio_spte(spte)
-        return "not MMU-present, but hardware would use it" if used else ""
-    if not fmt.is_last_spte(spte, level):
-        return ""
-    try:
-        check_leaf(fmt, 0, spte)
-    except AssertionError as error:
-        return str(error).removeprefix("gfn 0x0: ")
-    if spte & SPTE_TDP_AD_MASK == SPTE_TDP_AD_MASK:
-        return "type 3 does not exist"
-    if not fmt.shadow_acc_track_mask and spte & (SPTE_TDP_AD_MASK | SHADOW_ACC_TRACK_SAVED_MASK):
-        return "type bits or saved bits, which only EPT has"
-    if fmt.shadow_acc_track_mask and not fmt.kvm_ad_enabled and fmt.spte_ad_enabled(spte):
-        return "a type with A/D bits, where KVM uses none"
-    if fmt.shadow_acc_track_mask and spte & (READ_MASK | PT_WRITABLE_MASK) == PT_WRITABLE_MASK:
-        return "W without R, which EPT calls a misconfiguration"
-    if not any(fmt.hardware_rights(spte)) and not fmt.is_access_track_spte(spte):
-        return "it grants nothing, and it is not access-tracked"
-    return ""
+    """The first rule that a leaf, or what is not present, breaks, so that no KVM makes it; "" if there is none, or if it is
+    a table."""
+    is_table = fmt.is_shadow_present_pte(spte) and not fmt.is_last_spte(spte, level)
+    return "" if is_table else rule_against(fmt, spte)
 
 
 def free_bits(fmt: SpteFormat) -> int:

@@ -18,7 +18,6 @@ from kvmbook.model import (
     READ_MASK,
     REMOVED_SPTE,
     SHADOW_ACC_TRACK_SAVED_BITS_SHIFT,
-    SHADOW_ACC_TRACK_SAVED_MASK,
     SPTE_BASE_ADDR_MASK,
     SPTE_MMU_PRESENT_MASK,
     SPTE_TDP_AD_DISABLED_MASK,
@@ -26,7 +25,7 @@ from kvmbook.model import (
     SPTE_TDP_AD_MASK,
     SPTE_TDP_AD_WRPROT_ONLY_MASK,
     SpteFormat,
-    check_leaf,
+    rule_against,
 )
 
 PFN, HUGE_PFN = 0x4567, 0x40000
@@ -185,25 +184,7 @@ def named_words(leaf: str) -> dict[str, int]:
 
 def broken_rule(fmt: SpteFormat, spte: int) -> str:
     """The first rule that the word breaks, so that no KVM makes it; "" if there is none."""
-    if not fmt.is_shadow_present_pte(spte):
-        walked = any(fmt.hardware_rights(spte)) and not fmt.is_mmio_spte(spte)
-        return "it is not MMU-present, but hardware would use it" if walked else ""
-    try:
-        check_leaf(fmt, 0, spte)
-    except AssertionError as error:
-        return without_word(str(error))
-    ad_type = spte & SPTE_TDP_AD_MASK
-    if ad_type == SPTE_TDP_AD_MASK:
-        return "type 3 does not exist"
-    if not fmt.shadow_acc_track_mask and spte & (SPTE_TDP_AD_MASK | SHADOW_ACC_TRACK_SAVED_MASK):
-        return "outside EPT the type is always 0, and nothing is ever saved"
-    if fmt.shadow_acc_track_mask and not fmt.kvm_ad_enabled and ad_type != SPTE_TDP_AD_DISABLED_MASK:
-        return "where KVM has no A/D bits each leaf is of type 1"
-    if fmt.shadow_acc_track_mask and spte & (READ_MASK | PT_WRITABLE_MASK) == PT_WRITABLE_MASK:
-        return "EPT with W but not R is a misconfiguration"
-    if not any(fmt.hardware_rights(spte)) and not fmt.is_access_track_spte(spte):
-        return "it grants nothing, and it is not access-tracked"
-    return ""
+    return without_word(rule_against(fmt, spte))
 
 
 def legality(fmt: SpteFormat, spte: int) -> str:
