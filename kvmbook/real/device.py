@@ -61,6 +61,8 @@ def create_vm(kvm: int) -> int:
     """KVM_CREATE_VM. `NoKvm` where the machine or its hypervisor refuses."""
     try:
         return ioctl(kvm, abi.KVM_CREATE_VM, told="KVM_CREATE_VM()")
+    except InterruptedError:  # a signal, whose handler has run by now
+        return create_vm(kvm)
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
             raise
@@ -88,9 +90,11 @@ def capability(fd: int, number: int) -> int:
 
 
 def vendor_module() -> str | None:
-    """The module that stands below kvm ("kvm_intel", "kvm_amd", ...), or None where none is known to be loaded."""
-    found = sorted(path.name for path in MODULES.glob("kvm_*") if path.is_dir())
-    return next((name for name in found if name in VENDORS), found[0] if found else None)
+    """The module that stands below kvm ("kvm_intel", "kvm_amd", ...), or None where none is known to be loaded. Of several,
+    which a kernel may have built in, the one that this CPU can use."""
+    found, flags = sorted(path.name for path in MODULES.glob("kvm_*") if path.is_dir()), _cpu_flags()
+    usable = [name for name in found if VENDORS.get(name) in flags] or [name for name in found if name not in VENDORS]
+    return next(iter(usable + found), None)
 
 
 def _cpu_flags() -> set[str]:

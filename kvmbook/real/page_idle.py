@@ -7,11 +7,17 @@ whether the page was used since, and drops the bit if so. See Documentation/admi
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import struct
+from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 
+from kvmbook.model import PAGE_SIZE
+
 BITMAP, PAGEMAP = Path("/sys/kernel/mm/page_idle/bitmap"), Path("/proc/self/pagemap")
+NO_HUGE_PAGES = 15  # MADV_NOHUGEPAGE
 
 
 def missing() -> str | None:
@@ -25,24 +31,48 @@ def missing() -> str | None:
 
 def clear_young(hvas: list[int]) -> bool:
     """Age the pages at these user addresses (bytes). Returns whether any was young: used since it was aged last, or never
-    aged before. Pages that the host has not mapped are left out. OSError ENOSYS where the machine does not let us."""
+    aged before. Pages that the host has not mapped are left out. OSError ENOSYS where the machine does not let us, EAGAIN
+    where the host has not aged one: it does not age the pages of a huge page, nor what it has on no LRU list yet."""
     why = missing()
     if why:
         raise OSError(errno.ENOSYS, f"{os.strerror(errno.ENOSYS)}: {why}")
     pfns = [pfn for pfn in map(_pfn, hvas) if pfn]
-    young = False
     with BITMAP.open("r+b", buffering=0) as bitmap:
+        young = not all([_is_idle(bitmap, pfn) for pfn in pfns])
         for pfn in pfns:
-            word, bit = pfn // 64 * 8, 1 << pfn % 64
-            young |= not struct.unpack("Q", os.pread(bitmap.fileno(), 8, word))[0] & bit
-            os.pwrite(bitmap.fileno(), struct.pack("Q", bit), word)
+            _set_idle(bitmap, pfn)
+        if all(_is_idle(bitmap, pfn) for pfn in pfns):
+            return young
+        _fill_lru_list()
+        for pfn in pfns:
+            _set_idle(bitmap, pfn)
+            if not _is_idle(bitmap, pfn):
+                raise OSError(errno.EAGAIN, f"{os.strerror(errno.EAGAIN)}: the host does not age frame {pfn:#x}")
     return young
+
+
+def _is_idle(bitmap: FileIO, pfn: int) -> bool:
+    (word,) = struct.unpack("Q", os.pread(bitmap.fileno(), 8, pfn // 64 * 8))
+    return bool(word >> pfn % 64 & 1)
+
+
+def _set_idle(bitmap: FileIO, pfn: int) -> None:
+    os.pwrite(bitmap.fileno(), struct.pack("Q", 1 << pfn % 64), pfn // 64 * 8)
+
+
+def _fill_lru_list() -> None:
+    """Fresh pages wait in a list of this CPU, where nobody ages them, until some dozens have come together."""
+    with mmap.mmap(-1, 512 * PAGE_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as others:
+        with suppress(OSError):
+            others.madvise(NO_HUGE_PAGES)
+        for start in range(0, len(others), PAGE_SIZE):
+            others[start] = 1
 
 
 def _pfn(hva: int) -> int:
     """The page frame behind a user address, 0 if there is none. See Documentation/admin-guide/mm/pagemap.rst."""
     with PAGEMAP.open("rb", buffering=0) as pagemap:
-        (entry,) = struct.unpack("Q", os.pread(pagemap.fileno(), 8, hva // 4096 * 8))
+        (entry,) = struct.unpack("Q", os.pread(pagemap.fileno(), 8, hva // PAGE_SIZE * 8))
     present, pfn = entry >> 63, entry & (1 << 55) - 1
     if present and not pfn:
         raise OSError(errno.EPERM, f"{os.strerror(errno.EPERM)}: {PAGEMAP} shows page frames to root only.")

@@ -86,6 +86,16 @@ def test_paging_is_read_from_the_vendors_parameters(machine, modules, paging, ad
     assert (seen.paging, seen.ad_bits) == (paging, ad_bits)
 
 
+@pytest.mark.parametrize("flags, vendor", [("vmx", "kvm_intel"), ("svm", "kvm_amd"), ("hypervisor", "kvm_pvm")])
+def test_of_modules_that_are_built_in_the_one_counts_that_the_cpu_can_use(
+    machine, monkeypatch, tmp_path, flags, vendor
+):
+    machine(kvm_amd={"npt": "1"}, kvm_intel={"ept": "Y"}, kvm_pvm={})
+    (tmp_path / "cpuinfo").write_text(f"flags\t\t: fpu {flags}\n")
+    monkeypatch.setattr(device, "CPUINFO", tmp_path / "cpuinfo")
+    assert ask_machine().vendor == vendor
+
+
 def test_the_command_prints_a_row_for_each_claim(machine, capsys):
     machine(kvm={"tdp_mmu": "N"}, kvm_amd={"npt": "1"})
     assert main(["offers"]) == main([]) == 0
@@ -115,6 +125,19 @@ def test_ageing_sets_the_bits_of_the_frames_and_tells_whether_any_was_young(fram
     assert page_idle.clear_young([0x1000]) is True
     assert struct.unpack("2Q", frames.read_bytes())[1] == 1 << 7
     assert page_idle.clear_young([0x2000]) is False  # the host has no page there
+
+
+def test_what_the_host_does_not_age_is_refused_not_told_as_young(frames, monkeypatch):
+    """A bitmap that keeps nothing, as for the frame of a page on no LRU list; or only when that list has been filled."""
+    monkeypatch.setattr(page_idle, "BITMAP", type(frames)("/dev/zero"))
+    with pytest.raises(OSError, match="does not age frame 0x46") as refusal:
+        page_idle.clear_young([0])
+    assert refusal.value.errno == errno.EAGAIN
+    monkeypatch.setattr(page_idle, "BITMAP", frames)
+    filled, set_idle = [], page_idle._set_idle
+    monkeypatch.setattr(page_idle, "_fill_lru_list", lambda: filled.append(True))
+    monkeypatch.setattr(page_idle, "_set_idle", lambda bitmap, pfn: set_idle(bitmap, pfn) if filled else None)
+    assert page_idle.clear_young([0]) and not page_idle.clear_young([0]) and filled == [True]
 
 
 def test_without_page_idle_it_says_what_is_missing(frames):
