@@ -46,8 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code: int = chosen.command(chosen)
         return code
-    except NoKvm as refusal:
-        print(refusal, file=sys.stderr)
+    except (NoKvm, TimeoutError) as refusal:
+        print(refusal.strerror, file=sys.stderr)
         return 1
 
 

@@ -47,6 +47,7 @@ ebfe      spin:   jmp  spin               # never leaves: for the watchdog's tes
 CODE = b"".join(bytes.fromhex(line.split()[0]) for line in LISTING.split("\n") if line)
 RET = 0xC3
 RET_AT = PAGE_SIZE - 1  # where in a page the `ret` lies that a fetch calls; writes go to the page's beginning
+MOST_VCPUS = RET_AT // 8  # each writes to its own eight bytes of a page
 STOPS, READ, WRITE, FETCH, SPIN = range(5)
 WHAT = {"read": READ, "write": WRITE, "fetch": FETCH}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import TracebackType
@@ -10,14 +11,12 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from kvmbook.model import Outcome
 from kvmbook.real.modelled import ModelVm
 from kvmbook.real.vcpu import Seen
 from kvmbook.real.vm import RealVm
 
 Ask = Callable[[str, list[Any]], Any]  # a call's name and arguments; the answer. JSON can hold all of it
 FLUSH_REQUESTS = "remote_tlb_flush_requests"
-ALIKE = {Outcome.MMIO: Seen.MMIO, Outcome.RING_FULL: Seen.RING_FULL}  # all others retire
 
 
 class Said(NamedTuple):
@@ -153,8 +152,7 @@ def asking(vm: AnyVm) -> Ask:
 
 
 def _access(kind: str, vm: AnyVm, vcpu: int, gfn: int) -> str:
-    how = getattr(vm.vcpu[vcpu], kind)(gfn)
-    return str(ALIKE.get(how, Seen.DONE) if isinstance(how, Outcome) else how)
+    return str(getattr(vm.vcpu[vcpu], kind)(gfn))
 
 
 def _get_dirty_log(vm: AnyVm, slot: int) -> list[Any]:
@@ -174,9 +172,14 @@ def _harvest(vm: AnyVm, vcpu: int) -> list[list[int]]:
 
 
 def _flush_requests(vm: AnyVm) -> int:
-    """Requests, not ``remote_tlb_flush``: that one counts only where a vCPU had to be kicked."""
-    asked: int = vm.counters[FLUSH_REQUESTS] if isinstance(vm, RealVm) else vm.counters.flushes
-    return asked
+    """Requests, not ``remote_tlb_flush``: that one counts only where a vCPU had to be kicked. OSError ENOTTY where the kernel
+    does not count them."""
+    if isinstance(vm, ModelVm):
+        return int(vm.counters.flushes)
+    counters = vm.counters
+    if FLUSH_REQUESTS not in counters:
+        raise OSError(errno.ENOTTY, f"{os.strerror(errno.ENOTTY)}: this kernel does not count {FLUSH_REQUESTS}")
+    return counters[FLUSH_REQUESTS]
 
 
 CALLS: dict[str, Callable[..., Any]] = {

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -108,6 +107,11 @@ def ring_and_memory(vm: Outside, manual: int = 3) -> tuple[list[tuple[int, int]]
     return ring_reports(vm, manual), vm.value(RING_GFN)
 
 
+def clear_and_memory(vm: Outside, written: int, **others: Any) -> tuple[bool, int]:
+    """`clear_reports`, and which of the guest's writes the written page has afterwards: the last, if it has happened."""
+    return clear_reports(vm, written=written, **others), vm.value(written)
+
+
 @dataclass(frozen=True)
 class Question:
     """A run with its cases. ``cases``: in words, and the run's arguments; ``page_size`` is the host's."""
@@ -117,17 +121,19 @@ class Question:
     cases: dict[str, dict[str, Any]]
 
     def asked(self, case: str, machine: Machine) -> Any:
-        """The answer of a new VM of the machine; an OSError that ends the run is the answer, too."""
+        """The answer of a new VM of the machine, None where an OSError ends the run. TimeoutError if a guest hangs."""
         return self.told(case, machine)[0]
 
     def told(self, case: str, machine: Machine) -> tuple[Any, Outside]:
         """The answer, and the VM with all that was said."""
         arguments = dict(self.cases[case])
         with machine.vm(page_size=arguments.pop("page_size", "4K")) as vm:
-            answer = None
-            with suppress(OSError):
-                answer = self.run(vm, **arguments)
-            return answer, vm
+            try:
+                return self.run(vm, **arguments), vm
+            except TimeoutError:
+                raise
+            except OSError:
+                return None, vm
 
 
 TWO = {"cleared": (0x3FF, 0x400), "written": 0x400, "page_size": "2M"}
@@ -152,8 +158,8 @@ QUESTIONS = {
         {f"manual protect {n}": {"manual": n} for n in (3, 1, 0)},
     ),
     "CLEAR": Question(
-        "whether a write after CLEAR is reported",
-        clear_reports,
+        "whether a write after CLEAR is reported, and which write memory has",
+        clear_and_memory,
         {
             "3ff and 400": TWO,
             "400": {**TWO, "cleared": (0x400,)},

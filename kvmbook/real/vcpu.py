@@ -45,9 +45,9 @@ class RealDirtyRing:
         taken: list[tuple[int, int]] = []
         while True:
             at = self.harvest_index % self.size * GFN_SIZE
-            entry = abi.kvm_dirty_gfn.from_buffer_copy(self._entries, at)
-            if not entry.flags & abi.KVM_DIRTY_GFN_F_DIRTY:
+            if not self._entries[at] & abi.KVM_DIRTY_GFN_F_DIRTY:
                 return taken
+            entry = abi.kvm_dirty_gfn.from_buffer_copy(self._entries, at)  # after its flags, which KVM sets last
             taken.append((entry.slot, entry.offset))
             self._entries[at : at + 4] = abi.KVM_DIRTY_GFN_F_RESET.to_bytes(4, "little")
             self.harvest_index += 1
@@ -140,6 +140,7 @@ class RealVcpu:
             if left.exit_reason != abi.KVM_EXIT_DIRTY_RING_FULL:
                 raise self._failed(left, todo[min(retired, len(todo) - 1)])
         except BaseException:
+            self._enter_user_mode()  # KVM on AMD takes a vCPU that shuts down back to real mode
             self._restart()
             raise
         self._restart()
@@ -154,7 +155,8 @@ class RealVcpu:
                 except InterruptedError:  # a signal: ours, or one whose handler has run by now
                     continue
                 return abi.kvm_run.from_buffer_copy(self._shared)
-        raise TimeoutError(f"vCPU {self.number} was in KVM_RUN for {self._limit:g} s and was called back")
+        why = f"vCPU {self.number} was in KVM_RUN for {self._limit:g} s and was called back"
+        raise TimeoutError(errno.ETIMEDOUT, f"{os.strerror(errno.ETIMEDOUT)}: {why}")
 
     def _failed(self, left: abi.kvm_run, doing: tuple[int, int]) -> OSError:
         name = abi.EXIT_NAMES.get(left.exit_reason, f"exit reason {left.exit_reason}")
@@ -179,13 +181,15 @@ class RealVcpu:
         self._call(abi.KVM_SET_REGS, regs, "KVM_SET_REGS")
 
     def _enter_user_mode(self) -> None:
-        """64-bit mode, CPL 3, the private page tables."""
+        """64-bit mode, CPL 3, the private page tables; no interrupt table, so that an exception shuts the vCPU down and
+        touches no page."""
         sregs = abi.kvm_sregs()
         self._call(abi.KVM_GET_SREGS, sregs, "KVM_GET_SREGS")
         flat = {"base": 0, "limit": 0xFFFF_FFFF, "present": 1, "dpl": 3, "s": 1, "g": 1}
         sregs.cs = abi.kvm_segment(selector=0x33, type=11, l=1, **flat)  # code, readable, accessed
         for name in ("ds", "es", "fs", "gs", "ss"):
             setattr(sregs, name, abi.kvm_segment(selector=0x2B, type=3, db=1, **flat))  # data, writable, accessed
+        sregs.idt = abi.kvm_dtable()
         sregs.cr0 = 0x8001_0033  # PG WP NE ET MP PE
         sregs.cr3 = guest.PRIVATE + guest.TABLES * PAGE_SIZE
         sregs.cr4 = 0x20  # PAE

@@ -6,7 +6,7 @@ import mmap
 import os
 import weakref
 from collections import Counter
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from ctypes import addressof, c_char
 from types import TracebackType
 from typing import Self
@@ -48,8 +48,8 @@ class RealVm:
     """
 
     def __init__(self, vcpus: int = 1, *, page_size: str = "4K", time_limit: float = 5.0) -> None:
-        if vcpus < 1:
-            raise ValueError(f"a VM needs at least one vCPU; got {vcpus}")
+        if not 1 <= vcpus <= guest.MOST_VCPUS:
+            raise ValueError(f"a VM has 1 to {guest.MOST_VCPUS} vCPUs; got {vcpus}")
         if page_size not in PAGE_SIZES:
             raise ValueError(f"page_size is one of {', '.join(PAGE_SIZES)}; got {page_size!r}")
         self.vcpus_to_create, self.time_limit = vcpus, time_limit
@@ -68,7 +68,8 @@ class RealVm:
             self._memory, start = self._map(MEMORY_SIZE + HUGE)
             self._skipped = -start % HUGE
             self.user_base = start + self._skipped
-            self._memory.madvise(PAGE_SIZES[page_size])
+            with suppress(OSError):  # EINVAL where Linux is built without transparent huge pages: then there are none
+                self._memory.madvise(PAGE_SIZES[page_size])
             self._private, address = self._map(guest.private_pages(vcpus) * PAGE_SIZE)
             self._private[: len(guest.image())] = guest.image()
             self._set_region(MemoryRegion(self._own_slot, 0, guest.PRIVATE, len(self._private), address))
@@ -97,6 +98,7 @@ class RealVm:
         """Give everything back: file descriptors and memory. A second time does nothing."""
         self._finalizer()
         self._kvm = self._fd = -1
+        self._statistics = {-1: None}
         for vcpu in self._vcpus:
             vcpu.forget_fd()
 
@@ -110,13 +112,13 @@ class RealVm:
             cpuid = abi.kvm_cpuid2(nent=256)
             ioctl(self._kvm, abi.KVM_GET_SUPPORTED_CPUID, cpuid, "KVM_GET_SUPPORTED_CPUID()")
             sizes = ioctl(self._kvm, abi.KVM_GET_VCPU_MMAP_SIZE), self._dirty_ring_size
+            made = []
             for number in range(self.vcpus_to_create):
                 fd = self._owned(ioctl(self._fd, abi.KVM_CREATE_VCPU, number, f"KVM_CREATE_VCPU({number})"))
                 ioctl(fd, abi.KVM_SET_CPUID2, cpuid, f"KVM_SET_CPUID2 of vCPU {number}")
-                self._vcpus.append(
-                    RealVcpu(number, fd, sizes, self._private, self._reach, self.time_limit, self._closing)
-                )
+                made.append(RealVcpu(number, fd, sizes, self._private, self._reach, self.time_limit, self._closing))
                 self._statistics[fd] = None
+            self._vcpus = made
         return self._vcpus
 
     # ---- guest memory -----------------------------------------------------------------------------------------------

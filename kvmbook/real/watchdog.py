@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from ctypes import c_uint8
 from mmap import mmap
 
@@ -31,7 +31,8 @@ class Guard:
 
     def call_back(self) -> None:
         self.called_back = True
-        self.shared[IMMEDIATE_EXIT] = 1
+        with suppress(ValueError):  # another thread has closed the VM: then the signal has to do
+            self.shared[IMMEDIATE_EXIT] = 1
         signal.pthread_kill(self.thread, signal.SIGURG)
 
 
@@ -48,18 +49,19 @@ class Watchdog:
         """Call KVM_RUN in here. ``shared``: the vCPU's page."""
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGURG})
         guard = Guard(shared, seconds)
-        with self._lock:
-            self._stays.add(guard)
-            if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(target=self._look, name="KVM_RUN watchdog", daemon=True)
-                self._thread.start()
         try:
+            with self._lock:
+                self._stays.add(guard)
+                if self._thread is None or not self._thread.is_alive():
+                    self._thread = threading.Thread(target=self._look, name="KVM_RUN watchdog", daemon=True)
+                    self._thread.start()
             yield guard
         finally:
             with self._lock:
                 self._stays.discard(guard)
             if guard.called_back:
-                shared[IMMEDIATE_EXIT] = 0
+                with suppress(ValueError):
+                    shared[IMMEDIATE_EXIT] = 0
                 signal.sigtimedwait({signal.SIGURG}, 0)
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 

@@ -226,6 +226,16 @@ def a_signals_handler_runs_while_the_guest_loops():
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
+def a_failed_fetch_leaves_the_vcpu_as_new_and_touches_no_page():
+    with RealVm(vcpus=2) as vm:
+        vm.set_user_memory_region(slot=0, base_gfn=0, npages=1)  # where an interrupt table would lie
+        vm.set_user_memory_region(slot=1, base_gfn=BASE, npages=NPAGES, log_dirty_pages=True)
+        for _ in range(3):
+            refused(OSError, lambda: vm.vcpu[0].fetch(0x900), "gfn 0x900")
+            assert vm.vcpu[0].run([("write", BASE), ("read", BASE)]) == [DONE, DONE]
+        assert vm.memory(0) == bytes(4096)
+
+
 def two_vcpus_in_two_threads_are_logged_completely():
     with RealVm(vcpus=2) as vm:
         vm.set_user_memory_region(**SLOT, log_dirty_pages=True)
@@ -266,6 +276,10 @@ def a_thousand_vms_leave_nothing_behind():
         if number % 10 == 0:
             vm.close()  # once more
             refused(OSError, lambda: vm.get_dirty_log(0), "Bad file descriptor")
+            others = [os.open("/dev/zero", os.O_RDONLY) for _ in range(8)]  # which get its numbers
+            refused(OSError, lambda: vm.counters, "Bad file descriptor")
+            for other in others:
+                os.close(other)
         if number % 11 == 0:
             RealVm().vcpu[0].run([])  # forgotten: given back when nobody has it any more
 

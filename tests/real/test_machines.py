@@ -9,11 +9,14 @@ from kvmbook import Hardware, Kernel, Vm
 from kvmbook.real import (
     QUESTIONS,
     Outside,
+    RealVm,
     Seen,
     ask_all,
     asking,
     clear_reports,
     model_vm,
+    outside,
+    questions,
     record,
     recorded,
     ring_reports,
@@ -106,6 +109,24 @@ def test_rings_can_be_reset_and_pages_aged_and_taken_away_from_outside():
         assert vm.value(0x201) == 1
         vm.invalidate_range(0x201, 0x202)
         assert vm.value(0x201) == 0
+
+
+def test_a_kernel_that_does_not_count_and_a_guest_that_hangs(monkeypatch, capsys):
+    """The one cannot be asked; the other is a sentence, not an answer."""
+    vm = RealVm.__new__(RealVm)
+    monkeypatch.setattr(RealVm, "counters", {"remote_tlb_flush": 3})
+    with pytest.raises(OSError, match="does not count") as refusal:
+        _ = Outside(asking(vm)).flush_requests
+    assert refusal.value.errno == errno.ENOTTY
+
+    def hang(vm, *_):
+        raise TimeoutError(errno.ETIMEDOUT, "called back")
+
+    monkeypatch.setitem(outside.CALLS, "write", hang)
+    with pytest.raises(TimeoutError):
+        QUESTIONS["plain"].asked("written", MODEL)
+    monkeypatch.setattr(questions, "live", lambda: MODEL)
+    assert main(["ask"]) == 1 and capsys.readouterr().err == "called back\n"
 
 
 def test_a_recording_does_not_say_whose_machine_it_was():

@@ -114,6 +114,25 @@ def test_a_hypervisor_that_refuses(monkeypatch, x86, sentence, tmp_path, flags, 
     assert advice in sentence()
 
 
+def test_a_signal_while_the_vm_is_made_is_no_refusal(monkeypatch):
+    made = iter([OSError(errno.EINTR, "Interrupted system call"), 5])
+
+    def ioctl(fd, number, argument=0):
+        answer = next(made)
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(device.fcntl, "ioctl", ioctl)
+    assert device.create_vm(3) == 5
+
+
+@pytest.mark.parametrize("vcpus", [0, 512])
+def test_vcpus_that_would_write_beside_their_page_are_refused(vcpus):
+    with pytest.raises(ValueError, match="1 to 511"):
+        RealVm(vcpus)
+
+
 def test_it_imports_where_there_is_no_fcntl():
     code = (
         "import sys, numpy; sys.modules['fcntl'] = None\n"
