@@ -7,7 +7,7 @@ from typing import Any
 
 from kvmbook.exercises.mechanism import Answer, checker, question
 from kvmbook.model import Hardware, Kernel
-from kvmbook.real import BASE, QUESTIONS, RING_GFN, Outside, asking, clear_reports, model_vm, recorded
+from kvmbook.real import BASE, RING_GFN, Outside, Said, asking, clear_reports, model_vm, recorded
 from kvmbook.scenes import CPUS, reproduces
 
 PAGES = 64
@@ -17,27 +17,43 @@ MODEL = MACHINE.model()
 # ---- questions -------------------------------------------------------------------------------------------------------
 
 
-@question("that your kernel is patched", "that your kernel is not patched", "nothing about the patch")
+OPENING = {
+    "unpatched alone": "that its kernel is not patched, and no more",
+    "both": "that its kernel is not patched, and its CPU has no A/D bits",
+    "neither": "nothing about its kernel",
+}
+
+
+@question(*OPENING.values())
 def quiz_15_1() -> Answer:
-    """Your CPU has A/D bits. You run chapter 1's ten lines on it, and the write is reported. What have you learned?"""
-    old, new = (reproduces("EPT with A/D bits", kernel) for kernel in (Kernel.v5_19, Kernel.v6_0))
+    """Somebody runs chapter 1's ten lines on a machine of which you know nothing, and the write is *lost*. If chapter 1's bug
+    is to blame, what have you learned?"""
+    found = {(cpu, kernel.name) for cpu in CPUS for kernel in (Kernel.v5_19, Kernel.v6_0) if reproduces(cpu, kernel)}
     because = (
-        "With A/D bits ageing clears A and leaves W, so the pass finds W to take, and flushes. The write is reported "
-        "with the patch and without it: a test that cannot fail."
+        "A pass says nothing, a loss says much: one cell of the chapter's first table says True, so all of its conditions "
+        "held, the ageing too."
     )
-    if old == new:
-        return Answer("nothing about the patch", because)
-    return Answer("that your kernel is patched" if old else "that your kernel is not patched", because)
+    if any(kernel == Kernel.v6_0.name for _, kernel in found):
+        return Answer(OPENING["neither"], because)
+    without = all("without A/D bits" in cpu for cpu, _ in found)
+    return Answer(OPENING["both" if without else "unpatched alone"], because)
 
 
-@question("0", "1", "as many as there are vCPUs")
+@question("1", "2", "3")
 def quiz_15_2() -> Answer:
-    """A VM has one slot and no vCPU yet. Logging is enabled, on Linux 6.18. By how much does remote_tlb_flush_requests
-    rise?"""
-    rise = QUESTIONS["enabling"].asked("nothing is mapped", MODEL)
+    """Manual protect is off, and the slot logs. The guest writes three pages; then user space says GET, and GET again. By
+    how much do these two raise remote_tlb_flush_requests?"""
+    with MODEL.vm() as vm:
+        _logged(vm)
+        for page in range(3):
+            vm.vcpu[0].write(BASE + page)
+        before = vm.flush_requests
+        vm.get_dirty_log(0)
+        vm.get_dirty_log(0)
+        rise = vm.flush_requests - before
     because = (
-        "Since v6.0 enabling ends with a request, whatever is mapped and whoever runs. Nobody has to be kicked for it, so "
-        "remote_tlb_flush, which counts kicks, stays where it is."
+        "One request is for all TLBs and all pages: the first GET protects three pages, and asks once. The second finds no "
+        "bit, so nothing to protect, and does not ask: GET is not enabling, which since v6.0 always asks."
     )
     return Answer(str(rise), because)
 
@@ -163,7 +179,7 @@ CLAIMS = (
         "A second enabling flushes, though all pages are protected already.", _second_flush, (Kernel.v6_0, Kernel.v5_19)
     ),
     Claim("The vCPU's TLB still has an entry for page 0.", _forgotten),
-    Claim("A read has marked a page, because the page was not mapped.", _read),
+    Claim("A read has marked a page.", _read),
     Claim("The guest has written page 1 before page 2.", _order, ring=True),
     Claim("Between two reports the guest has written page 0 twice, not once.", _twice),
     Claim("The SPTE of page 0 is access-tracked, not only write-protected.", _tracked),
@@ -215,8 +231,27 @@ def check_15_2(run: Callable[[Outside], Any]) -> str:
         if new != again:
             return "two machines that are alike give two answers; your run must depend on its VM alone"
         if old == new:
-            return f"{cpu}: both kernels answer {old}; what does v6.0 do when a pass finds nothing to do?"
+            return f"{cpu}: both kernels answer {old}; {_why_alike(vm.said)}"
     return ""
+
+
+def _why_alike(said: Sequence[Said]) -> str:
+    """What a run that tells no kernels apart has not asked for."""
+    made, logging = set[int](), False
+    for one in said:
+        if one.name == "enable_cap_manual_dirty_log_protect2" and one.arguments[0] & 2:
+            return "with INITIALLY_SET nothing is protected, so neither asks for a flush"
+        if one.name == "set_user_memory_region":
+            slot, _, _, flags = one.arguments
+            if flags.get("log_dirty_pages") and slot not in made:
+                return "the slot is made with the log on: enabling is a change of the flags of one that is there"
+            made.add(slot)
+            logging |= bool(flags.get("log_dirty_pages"))
+    if not logging:
+        return "the patch is about enabling the log, and your run never does"
+    if not any(one.name == "flush_requests" for one in said):
+        return "no report and no errno differs; what does the patch do that can be counted?"
+    return "what does v6.0 do when a pass finds nothing to do?"
 
 
 # ---- 3: controls -----------------------------------------------------------------------------------------------------

@@ -25,10 +25,11 @@ ASKED = {
     "a read beside a page": ("neighbour", "page 3", BASE + 3),
     "chapter 1's run": ("chapter 1", "aged", BASE),
 }
+V5_19 = Kernel.v5_19.with_(neighbour_prefetch=True)  # as every real one has it
 MODELS: dict[str, Callable[[Machine], tuple[Hardware, Kernel]]] = {
     "this machine": lambda machine: (as_hardware(machine.offers), as_kernel(machine.offers)),
-    "v5.19 on this CPU": lambda machine: (as_hardware(machine.offers), Kernel.v5_19),
-    "v5.19, no A/D bits": lambda machine: (Hardware.ept(ad_bits=False), Kernel.v5_19),
+    "v5.19 on this CPU": lambda machine: (as_hardware(machine.offers), V5_19),
+    "v5.19, no A/D bits": lambda machine: (Hardware.ept(ad_bits=False), V5_19),
 }
 
 

@@ -111,7 +111,10 @@ def beside_readout(seen: SideBySide) -> str:
         row = differ[0]
         where = f'They differ at "{row.call}": the model says {row.model}, the machine {row.machine}.'
         return f"{where} {'The machine cannot run this to its end. ' * (ended is not None)}{lost}"
-    return f"Model and machine give the same {len(seen.rows)} answers. {lost}"
+    if seen.missed:
+        lost = "In the model you see why."
+    found = ": memory has changed, and no report names it" * seen.missed
+    return f"Both say the same, {len(seen.rows)} times{found}. {lost}"
 
 
 def model_beside_machine(machine: Machine | None = None) -> Panel:

@@ -12,6 +12,7 @@ from kvmbook.exercises.ch15 import (
     quiz_15_2,
     quiz_15_3,
 )
+from kvmbook.real import QUESTIONS
 
 RIGHT = ["flush requests", None, "bitmap", "ring", "memory", None]
 
@@ -23,7 +24,7 @@ def says(check, answer, capsys):
 
 def test_the_answers_of_the_questions():
     assert [quiz().answer for quiz in (quiz_15_1, quiz_15_2, quiz_15_3)] == [
-        "nothing about the patch",
+        "that its kernel is not patched, and its CPU has no A/D bits",
         "1",
         "one entry",
     ]
@@ -83,6 +84,11 @@ def log_once(vm):
     vm.set_user_memory_region(**SLOT)
 
 
+def enabling_initially_set(vm):
+    vm.enable_cap_manual_dirty_log_protect2(3)
+    return enabling(lambda vm: None)(vm)
+
+
 counted = iter(range(100))
 
 
@@ -96,7 +102,10 @@ counted = iter(range(100))
             "both kernels answer 1; what does v6.0 do when a pass finds nothing",
         ),
         (enabling(lambda vm: vm.clear_young(0x200, 0x240)), "Yes."),
-        (lambda vm: vm.vcpu[0].read(0x200), "both kernels answer"),
+        (lambda vm: vm.vcpu[0].read(0x200), "your run never does"),
+        (lambda vm: vm.set_user_memory_region(**SLOT, log_dirty_pages=True), "the slot is made with the log on"),
+        (enabling_initially_set, "with INITIALLY_SET nothing is protected"),
+        (QUESTIONS["plain"].run, "what does the patch do that can be counted?"),
         (lambda vm: "v6.0", "your run makes no call"),
         (lambda vm: (vm.flush_requests, next(counted)), "two machines that are alike give two answers"),
         (lambda vm: vm.spte(0x200), "raised AttributeError"),

@@ -51,9 +51,9 @@ def test_broken_frames_are_for_what_differs_and_for_what_is_stale():
 
 def test_what_the_panel_says_first_and_what_the_text_promises():
     panel = model_beside_machine()
-    assert panel.readout == "Model and machine give the same 8 answers. In the model a write is lost."
+    assert panel.readout == "Both say the same, 8 times: memory has changed, and no report names it. In the model you see why."
     assert panel.choose(run="a ring, not initially set").endswith("In the model no write is lost.")
-    assert panel.choose(run="CLEAR of two pages").endswith("In the model a write is lost.")
+    assert panel.choose(run="CLEAR of two pages").startswith("Both say the same, 9 times: memory has changed")
     differ = panel.choose(run="enabling twice", the_model_is_of="v5.19 on this CPU")
     assert differ.startswith('They differ at "flushes asked for": the model says +0, the machine +1.')
     stops = panel.choose(run="chapter 1's run", the_model_is_of="v5.19, no A/D bits")
