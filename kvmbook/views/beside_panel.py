@@ -7,11 +7,12 @@ from kvmbook.scenes import ASKED, MODELS, Beside, SideBySide, side_by_side
 from kvmbook.views.drawing import INK, LOOK, LOST, Picture, block, box, svg, text
 from kvmbook.views.panel import Panel, View
 
-SIZE, ROW, TOP = 15, 29, 46
+SIZE, ROW, TOP = 15, 27, 46
 CALL, ANSWER, STATE = 8, 136, 164  # widths of the columns; where the calls begin
 MODEL_AT, MACHINE_AT, SPTE_AT, TLB_AT = 316, 496, 650, 824  # where the others begin
 WIDTH = TLB_AT + STATE + 4
 NARROW_ROW, NARROW_WIDTH, NARROW_TOP = 92, 370, 92  # in the narrow form a call has three lines
+LOW_NAMES, LOW_STATES = (0, 186), (42, 218, 136)  # there: names of SPTE and TLB; their boxes, and the width of these
 MARKS = {True: "=", False: "≠", None: ""}
 
 
@@ -35,19 +36,19 @@ def _answers(row: Beside) -> list[str]:
     return [*parts, text(middle, 0, MARKS[row.agree], size=SIZE, bold=True, fill=LOST if differ else "")]
 
 
-def _states(row: Beside, before: Beside | None) -> list[str]:
+def _states(row: Beside, before: Beside | None, spte_at: float, tlb_at: float, width: float) -> list[str]:
     """What the model alone can show: SPTE and TLB. A broken frame: the TLB allows what the SPTE does not."""
     if not row.spte:
         return [text(STATE, 0, "the run has ended", size=SIZE, italic=True)]
     parts = list[str]()
     was = (before.spte, before.tlb) if before else ("", "")
-    for at, said, old in ((0, row.spte, was[0]), (TLB_AT - SPTE_AT, row.tlb, was[1])):
+    for at, said, old in ((spte_at, row.spte, was[0]), (tlb_at, row.tlb, was[1])):
         fill, changed = LOOK[said][0], said != old
-        stale = row.stale and at > 0
+        stale = row.stale and at == tlb_at
         frame = ' stroke-width="3" stroke-dasharray="6 3"' if stale else f' stroke-width="{3 if changed else 1}"'
-        parts.append(box(at, -18, STATE - 6, 25, fill, stroke=LOST if stale else "currentColor", extra=frame))
+        parts.append(box(at, -18, width, 25, fill, stroke=LOST if stale else "currentColor", extra=frame))
         ink = INK if fill != "none" else ""
-        parts.append(text(at + (STATE - 6) / 2, 0, said, size=SIZE, bold=changed, fill=ink))
+        parts.append(text(at + width / 2, 0, said, size=SIZE, bold=changed, fill=ink))
     return parts
 
 
@@ -66,10 +67,13 @@ def _headings() -> list[str]:
 
 def _row(number: int, row: Beside, before: Beside | None) -> str:
     y, low = TOP + 20 + number * ROW, NARROW_TOP + number * NARROW_ROW
+    named = zip(("SPTE", "TLB"), LOW_NAMES, strict=True) if row.spte else ()
+    names = [text(x, 0, name, size=SIZE, anchor="start") for name, x in named]
     parts = [
         block([_call(row)], (CALL, y), (8, low)),
         block(_answers(row), (MODEL_AT, y), (24, low + 28)),
-        block(_states(row, before), (SPTE_AT, y), (24, low + 58)),
+        block(_states(row, before, 0, TLB_AT - SPTE_AT, STATE - 6), (SPTE_AT, y), look="wide"),
+        block([*names, *_states(row, before, *LOW_STATES)], (8, low + 58), look="narrow"),
     ]
     return block(parts, moment=number)
 

@@ -138,9 +138,9 @@ CLICKS = {
         ({LEAF + "neither_but_MMU_writable": "yes"}, "Sound"),
     ],
     model_beside_machine: [
-        ({}, "Model and machine give the same 8 answers. In the model a write is lost."),
+        ({}, "Both say the same, 8 times: memory has changed, and no report names it."),
         ({"run": "a ring, not initially set"}, "In the model no write is lost."),
-        ({"run": "CLEAR of two pages"}, "In the model a write is lost."),
+        ({"run": "CLEAR of two pages"}, "In the model you see why."),
         ({"run": "enabling twice", "the_model_is_of": "v5.19 on this CPU"}, "the model says +0, the machine +1."),
         (
             {"run": "chapter 1's run", "the_model_is_of": "v5.19, no A/D bits"},
