@@ -56,10 +56,13 @@ def opened(browser, pages, file, **options):
 
 
 def switch_to(scheme, page):
-    """What a reader's system asks for, and the theme's own switch; when the colours have come."""
+    """What a reader's system asks for, and the theme's own switch. Colours that fade are brought to their end: a page that
+    is not in front might let them fade for ever."""
     page.emulate_media(color_scheme=scheme)
     page.evaluate("scheme => { document.documentElement.dataset.theme = scheme; }", scheme)
-    page.evaluate("Promise.all(document.getAnimations().map((one) => one.finished)).then(() => null)")
+    page.evaluate(
+        "document.getAnimations().forEach((one) => one.effect.getTiming().iterations < Infinity && one.finish())"
+    )
 
 
 def found_by_axe(page, **how):
