@@ -71,6 +71,11 @@ def room_of(path):
 ROOMS = sorted(path for wing in WINGS for path in (PACKAGE / wing).rglob("*.py"))
 
 
+def test_tests_have_one_conftest():
+    """Tests import from it by its name, which a folder's own would take."""
+    assert list((ROOT / "tests").rglob("conftest.py")) == [ROOT / "tests/conftest.py"]
+
+
 def test_the_house_has_six_wings_and_these_rooms():
     assert {path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"} == {*WINGS, "__init__.py"}
     assert sorted(room_of(path) for path in ROOMS) == sorted((w, r) for w, rooms in WINGS.items() for r in ["", *rooms])
