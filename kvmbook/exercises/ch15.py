@@ -26,7 +26,7 @@ OPENING = {
 
 @question(*OPENING.values())
 def quiz_15_1() -> Answer:
-    """Somebody runs chapter 1's ten lines on a machine of which you know nothing, and the write is *lost*. If chapter 1's bug
+    """Somebody runs chapter 1's ten lines on a machine of which you know nothing, and the write is lost. If chapter 1's bug
     is to blame, what have you learned?"""
     found = {(cpu, kernel.name) for cpu in CPUS for kernel in (Kernel.v5_19, Kernel.v6_0) if reproduces(cpu, kernel)}
     because = (

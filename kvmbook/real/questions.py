@@ -166,7 +166,7 @@ QUESTIONS = {
             "3ff and 401": {**TWO, "cleared": (0x3FF, 0x401), "written": 0x401},
             "3ff, 400, 401": {**TWO, "cleared": (0x3FF, 0x400, 0x401)},
             "3ff and 400, 4K pages": {**TWO, "page_size": "4K"},
-            "3ff and 400, not initially set": {**TWO, "manual": 1},
+            "3ff and 400, manual protect 1": {**TWO, "manual": 1},
         },
     ),
 }
