@@ -32,9 +32,8 @@ class Replayer:
         self.dropped: list[tuple[int, int]] = []
         self.owed: list[Disagreement] = []
         self.flushes = 0
-        # A and D, and what EPT without them has had in their bits since v6.13, set by the fast path
-        software = 3 << 8 if self.fmt.shadow_acc_track_mask else 0
-        self._hardware_sets = self.fmt.shadow_accessed_mask | self.fmt.shadow_dirty_mask | software
+        # or the fast path, where they are software's
+        self._hardware_sets = self.fmt.shadow_accessed_mask | self.fmt.shadow_dirty_mask | words.software_bits(self.fmt)
         self._states: dict[tuple[int, int], str] = {}
         self._changes: dict[tuple[int, int, int, bool], str] = {}
         self._broken: dict[tuple[int, int], str] = {}

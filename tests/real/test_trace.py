@@ -148,6 +148,16 @@ def test_older_releases_are_read_in_their_own_words():
     assert tells(replay(trace(changed(0, FRESH), today)))[1] == "write fault, where something was allowed"
 
 
+def test_ept_without_ad_bits_is_known_by_its_type_also_since_v6_13():
+    """From then on bits 8 and 9 are A and D by software there, and bit 63 is set."""
+    fresh, aged, protected = 0x8610000004567B77, 0x8750000004567A70, 0x8610000004567B75
+    told = replay(trace(*(changed(old, new) for old, new in ((1 << 63, fresh), (fresh, aged), (aged, fresh)))))
+    assert told.hardware.format == NO_AD and not told.disagreements
+    assert tells(told) == ["writable", "access-tracked: aged", "writable: restored, and W given back"]
+    told = replay(trace(changed(1 << 63, fresh), changed(fresh, protected)))
+    assert told.hardware.format == NO_AD and tells(told)[1] == "write-protected: write-protected for logging"
+
+
 def test_what_perf_cannot_print_is_read_too():
     (ours, perfs) = read_trace(
         trace(
