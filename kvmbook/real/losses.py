@@ -49,9 +49,9 @@ def clear_reports(
     """A slot whose second page begins a 2M page; all its pages written, logged, and told as dirty; a CLEAR of the gfns
     ``cleared``; a write to ``written``. Whether GET says so; False: it is lost.
 
-    In each word of 64 pages KVM compares the first and the last gfn by addresses rounded *up* to 2M, and takes them for one huge
-    page's.
-    So with the first two pages it overlooks the huge page of the second. Needs 2M pages, and ``manual`` 3 (initially set)."""
+    In each word of 64 pages KVM compares the first and the last gfn by addresses rounded *up* to 2M, and takes them for one
+    huge page's. So with the first two pages it overlooks the huge page of the second. Needs 2M pages, and ``manual`` 3
+    (initially set)."""
     slot = {"slot": 0, "base_gfn": CLEAR_FIRST, "npages": CLEAR_PAGES}
     vm.enable_cap_manual_dirty_log_protect2(manual)
     vm.set_user_memory_region(**slot)
