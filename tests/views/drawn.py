@@ -60,3 +60,11 @@ def overlapping(picture, narrow=False, letter=0.56):
             if left < other_end and other_left < end and top < other_low and other_top < low:
                 found.append((said, other))
     return found
+
+
+def carries_all(panel, combinations):
+    """Assert that a panel carries each of so many combinations, in 400 KB, and what a fresh one would say of every fifth."""
+    assert len(panel.states) == len(panel.combinations()) == combinations
+    assert sum(len(str(state)) for state in panel.states.values()) < 400_000
+    for combination in panel.combinations()[::5]:
+        assert panel._state(combination) == panel.states[" | ".join(combination)]
