@@ -68,6 +68,8 @@ class Kernel:
     (v5.18 to v6.7, fixed by 1aa4bb916808).
     ``clear_compares_rounded_up``: with INITIALLY_SET it asks whether first and last gfn lie in two huge pages by comparing
     addresses rounded *up*, so it overlooks a huge page that begins at the last gfn (every release; off is the repair).
+    ``ring_skips_protection``: with INITIALLY_SET enabling protects nothing, also where writes go to a ring, which has no bits
+    that could be set (every release; off is the repair).
     ``pml_drains_oldest_first``: an exit takes the PML buffer's pages in the order of the writes (v6.14, 37c3ddfe5238);
     before, newest first.
     ``marks_without_vcpu``: KVM can mark a page dirty on no vCPU's behalf (v6.2, c57351a75d01); before, the mark is dropped.
@@ -91,6 +93,7 @@ class Kernel:
     recovers_2m_rmaps: bool = False
     clear_split_forgets_last: bool = True
     clear_compares_rounded_up: bool = True
+    ring_skips_protection: bool = True
     pml_drains_oldest_first: bool = False
     marks_without_vcpu: bool = False
     splits_on_fault: bool = False

@@ -32,7 +32,7 @@ def kvm_mmu_slot_apply_flags(m: Machine, change: Change, old: MemorySlot | None,
     rmaps, tdp = mapped and m.have_rmaps, mapped and m.hardware.tdp_mmu
     if not logs:
         return switch_pml + ["zap_collapsible_rmap_sptes"] * rmaps + ["zap_collapsible_tdp_sptes"] * tdp
-    if m.initially_set:
+    if m.initially_set and (m.kernel.ring_skips_protection or not m.dirty_ring_size):
         return switch_pml
     plan = switch_pml
     if m.eager_page_split and tdp:
