@@ -22,7 +22,7 @@ from kvmbook.model.kernel import Kernel
 from kvmbook.model.memslots import DirtyRing, MemorySlot, Memslots, to_bits, to_words
 from kvmbook.model.page_tables import LEVELS, PageTables, Root, Sptep
 from kvmbook.model.spte import SpteFormat
-from kvmbook.model.tlb import Tlb
+from kvmbook.model.tlb import Tlb, TlbEntry
 
 Rule = Callable[[int], Any]  # a helper of SpteFormat: an SPTE to a named tuple of the new one and an answer
 StepFunction = TypeVar("StepFunction", bound=Callable[..., str | None])
@@ -428,6 +428,7 @@ class Machine:
 
 
 PLAIN = frozenset([int, bool, str, type(None)])
+NEVER_CHANGE = Event, TlbEntry
 
 
 @functools.cache
@@ -456,7 +457,7 @@ def copied(value: Any, memo: dict[int, Any]) -> Any:
     elif fields_that_change(kind):
         memo[id(value)] = new = object.__new__(kind)
         new.__dict__.update((name, copied(item, memo)) for name, item in value.__dict__.items())
-    elif is_dataclass(kind):
+    elif is_dataclass(kind) or isinstance(value, NEVER_CHANGE):
         new = value
     else:
         new = copy.deepcopy(value, memo)
