@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvmbook.exercises.mechanism import Answer, checker, question
-from kvmbook.model import Hardware, Kernel
-from kvmbook.real import BASE, RING_GFN, Outside, Said, asking, clear_reports, model_vm, recorded
+from kvmbook.model import KVM_MEM_LOG_DIRTY_PAGES, Hardware, Kernel
+from kvmbook.real import BASE, RING_GFN, ModelVm, Outside, Said, asking, clear_reports, recorded
 from kvmbook.scenes import CPUS, reproduces
 
 PAGES = 64
@@ -100,7 +100,7 @@ class Claim:
 
     def seen(self, so: bool) -> dict[str, Any]:
         """What user space finds in each of `CHANNELS` at the end, if the claim holds or does not."""
-        vm = model_vm(self.hardware, self.kernels[not so])
+        vm = ModelVm(self.hardware, self.kernels[not so])
         with Outside(asking(vm)) as outside:
             if self.ring:
                 outside.enable_dirty_ring(1 << 16)
@@ -239,14 +239,14 @@ def _why_alike(said: Sequence[Said]) -> str:
     """What a run that tells no kernels apart has not asked for."""
     made, logging = set[int](), False
     for one in said:
-        if one.name == "enable_cap_manual_dirty_log_protect2" and one.arguments[0] & 2:
+        if one.name == "manual_protect" and one.arguments[0] & 2:
             return "with INITIALLY_SET nothing is protected, so neither asks for a flush"
-        if one.name == "set_user_memory_region":
-            slot, _, _, flags = one.arguments
-            if flags.get("log_dirty_pages") and slot not in made:
+        if one.name == "memory_region":
+            slot, flags, *_ = one.arguments
+            if flags & KVM_MEM_LOG_DIRTY_PAGES and slot not in made:
                 return "the slot is made with the log on: enabling is a change of the flags of one that is there"
             made.add(slot)
-            logging |= bool(flags.get("log_dirty_pages"))
+            logging |= bool(flags & KVM_MEM_LOG_DIRTY_PAGES)
     if not logging:
         return "the patch is about enabling the log, and your run never does"
     if not any(one.name == "flush_requests" for one in said):

@@ -1,9 +1,9 @@
 """What KVM and the CPU do: an executable model, in the kernel's own names. It knows nobody else in this package.
 
-Read it from the ground up: a word (`spte`; `compiled` and `arrays` ask a million); memory (`tlb`, `memslots`, `page_tables`,
-`host`); the machine (`hardware`, `kernel`, `machine`); what happens (`access_tracking`, `guest_memory`, `huge_pages`,
-`wrprot`, `faults`, `memory_regions`, `dirty_log`); and the front door (`vm`, `invariants`). The other wings take what stands
-below.
+Read it from the ground up: a word (`spte`; `compiled` and `arrays` ask a million, `layout` names its bits); memory (`tlb`,
+`memslots`, `page_tables`, `host`); the machine (`hardware`, `kernel`, `machine`); what happens (`access_tracking`,
+`guest_memory`, `huge_pages`, `wrprot`, `faults`, `memory_regions`, `dirty_log`); and the front door (`vm`, `invariants`). The
+other wings take what stands below.
 """
 
 from kvmbook.model.access_tracking import ClearFlushYoung, ClearYoung, InvalidateRange, TestYoung
@@ -16,6 +16,19 @@ from kvmbook.model.hardware import Hardware
 from kvmbook.model.host import USER_BASE, HostMemory, HostPage
 from kvmbook.model.invariants import check, check_leaf, key_invariant, rule_against
 from kvmbook.model.kernel import FlushPolicy, FlushRule, Kernel
+from kvmbook.model.layout import (
+    ABOUT_KINDS,
+    ADDRESS,
+    FREE,
+    HARDWARE_READS,
+    KVM_READS,
+    Field,
+    bit_name,
+    changes,
+    fields,
+    free_bits,
+    listed,
+)
 from kvmbook.model.machine import Event, Machine, Operation, VcpuState, step
 from kvmbook.model.memory_regions import SetUserMemoryRegion, kvm_mmu_slot_apply_flags
 from kvmbook.model.memslots import (

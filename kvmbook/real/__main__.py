@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from kvmbook.real import differ, questions, recording, trace
+from kvmbook.real import differ, questions, trace
 from kvmbook.real.device import NoKvm
 from kvmbook.real.offers import as_text, ask_machine
 
@@ -22,13 +22,13 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "offers": show_offers,
     "ask": questions.show_answers,
     "differ": differ.show_differences,
-    "record": recording.make_recording,
+    "record": differ.make_recording,
     "trace": trace.show_trace,
 }
 ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "ask": questions.add_arguments,
     "differ": differ.add_arguments,
-    "record": recording.add_arguments,
+    "record": differ.add_recording_arguments,
     "trace": trace.add_arguments,
 }
 

@@ -27,10 +27,9 @@ from kvmbook.model import (
 )
 from kvmbook.real import guest
 from kvmbook.real.offers import Offers
-from kvmbook.real.vcpu import Seen
+from kvmbook.real.vcpu import Seen, by_mailbox
 from kvmbook.real.vm import MEMORY_SIZE
 
-OWN_SLOT = KVM_USER_MEM_SLOTS - 1  # where the guest's code and page tables lie
 ALIKE = {Outcome.MMIO: Seen.MMIO, Outcome.RING_FULL: Seen.RING_FULL}  # all others retire
 
 
@@ -115,10 +114,15 @@ class ModelVcpu:
     def run(self, accesses: Iterable[tuple[str, int]]) -> list[Seen]:
         """As `RealVcpu.run`: how each access went; behind a RING_FULL, none is tried; OSError EFAULT for a fetch where there
         is no memory."""
-        todo, first = list(accesses), self.value
-        self.value += sum(kind == "write" for kind, _ in todo)
+        todo = list(accesses)
         for _, gfn in todo:
             self._vm.touch(gfn)
+        return by_mailbox(todo, self._mailbox)
+
+    def _mailbox(self, todo: list[tuple[str, int]]) -> list[Seen]:
+        """What the guest does at a time."""
+        first = self.value
+        self.value += sum(kind == "write" for kind, _ in todo)
         seen: list[Seen] = []
         for kind, gfn in todo:
             first += kind == "write"
@@ -137,19 +141,29 @@ class ModelVm:
 
     It has what a run on a real machine cannot do without: the VM's own memslot, and memory whose contents can be seen."""
 
-    def __init__(self, hardware: Hardware, kernel: Kernel, vcpus: int = 1, *, page_size: str = "4K") -> None:
+    def __init__(
+        self,
+        hardware: Hardware,
+        kernel: Kernel,
+        vcpus: int = 1,
+        *,
+        page_size: str = "4K",
+        memslots: int = KVM_USER_MEM_SLOTS,
+    ) -> None:
+        """``memslots``: how many the machine has (KVM_CAP_NR_MEMSLOTS); the last is the VM's own."""
         self.vm = Vm(hardware, kernel, vcpus, page_size=page_size)
         self.vm.host = self.host = TouchedMemory(self.vm.host.level)
-        self.user_base = USER_BASE
+        self.user_base, self.own_slot = USER_BASE, memslots - 1
         self._vcpus: list[ModelVcpu] = []
         self._contents: dict[int, dict[int, int]] = {}  # by user page number: each vCPU's last value
         own, size = guest.PRIVATE >> PAGE_SHIFT, guest.private_pages(vcpus)
-        self.vm.set_user_memory_region(OWN_SLOT, own, size, userspace_addr=USER_BASE - (size << PAGE_SHIFT))
+        self.vm.set_user_memory_region(self.own_slot, own, size, userspace_addr=USER_BASE - (size << PAGE_SHIFT))
 
     @classmethod
     def of(cls, machine: Offers, vcpus: int = 1, *, page_size: str = "4K") -> Self:
         """The model as the machine says it is."""
-        return cls(as_hardware(machine), as_kernel(machine), vcpus, page_size=page_size)
+        hardware, kernel = as_hardware(machine), as_kernel(machine)
+        return cls(hardware, kernel, vcpus, page_size=page_size, memslots=machine.memslots)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.vm, name)
@@ -162,6 +176,11 @@ class ModelVm:
 
     def __repr__(self) -> str:
         return f"ModelVm({self.vm.hardware.name}, {self.vm.kernel.name}, vcpus={self.vm.vcpus_to_create})"
+
+    @property
+    def flush_requests(self) -> int:
+        """How often KVM has asked for a flush of all TLBs."""
+        return int(self.vm.counters.flushes)
 
     @property
     def vcpu(self) -> list[ModelVcpu]:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvmbook.real import abi, page_idle
+from kvmbook.real import abi, host
 from kvmbook.real.device import MODULES, capability, create_vm, open_kvm, vendor_module
 
 THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -75,7 +75,7 @@ def _ask(vm: int) -> Offers:
         manual_protect=capability(vm, abi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2),
         ring_size=max(rings),
         statistics=bool(capability(vm, abi.KVM_CAP_BINARY_STATS_FD)),
-        ageing=page_idle.missing(),
+        ageing=host.missing(),
     )
 
 

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from enum import Enum
+from typing import TypeVar
 
 from kvmbook.model import PAGE_SIZE
 from kvmbook.real import abi, guest
@@ -15,6 +16,7 @@ from kvmbook.real.device import ioctl
 from kvmbook.real.watchdog import let_through, watchdog
 
 MMIO_DATA = abi.kvm_run.mmio.offset + 8
+T = TypeVar("T")
 GFN_SIZE = 16  # bytes of a struct kvm_dirty_gfn
 
 
@@ -29,6 +31,17 @@ class Seen(Enum):
 
     def __str__(self) -> str:
         return self.value
+
+
+def by_mailbox(todo: list[tuple[T, int]], mailbox: Callable[[list[tuple[T, int]]], list[Seen]]) -> list[Seen]:
+    """Do accesses, as many at a time as fit into a mailbox, up to one that does not retire as the ring is full. What is in a
+    mailbox is counted in the vCPU's ``value``, whether it retires or not; what is in none, is not."""
+    seen: list[Seen] = []
+    for first in range(0, len(todo), guest.RECORDS):
+        seen += mailbox(todo[first : first + guest.RECORDS])
+        if seen[-1] is Seen.RING_FULL:
+            break
+    return seen + [Seen.RING_FULL] * (len(todo) - len(seen))
 
 
 class RealDirtyRing:
@@ -108,12 +121,7 @@ class RealVcpu:
                 raise ValueError(f"an access is one of {', '.join(guest.WHAT)}; got {kind!r}")
             self._reach(gfn)
             todo.append((guest.WHAT[kind], gfn))
-        seen: list[Seen] = []
-        for first in range(0, len(todo), guest.RECORDS):
-            seen += self._mailbox(todo[first : first + guest.RECORDS])
-            if seen[-1] is Seen.RING_FULL:
-                break
-        return seen + [Seen.RING_FULL] * (len(todo) - len(seen))
+        return by_mailbox(todo, self._mailbox)
 
     def spin(self) -> None:
         """Never come back: the guest loops until the time is up. TimeoutError."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import weakref
@@ -23,14 +24,15 @@ from kvmbook.model import (
     to_bits,
     to_words,
 )
-from kvmbook.real import abi, guest, page_idle
+from kvmbook.real import abi, guest, host
 from kvmbook.real.device import capability, create_vm, ioctl, open_kvm
-from kvmbook.real.stats import Statistics
+from kvmbook.real.host import Statistics
 from kvmbook.real.vcpu import RealVcpu
 
 HUGE = 2 << 20
 MEMORY_SIZE = guest.REACH * PAGE_SIZE  # of user memory: a page for each gfn that the guest reaches
 MAP_NORESERVE = 0x4000  # x86's; Python has no name for it before 3.13
+FLUSH_REQUESTS = "remote_tlb_flush_requests"
 PAGE_SIZES = {"4K": 15, "2M": 14}  # MADV_NOHUGEPAGE, MADV_HUGEPAGE
 
 
@@ -41,8 +43,8 @@ class RealVm:
     seconds that a vCPU may be in the guest.
 
     User memory is there for each gfn below 2^20, at ``user_base + (gfn << 12)``, as the model has it at USER_BASE. The VM's
-    own code and page tables lie in its last memslot, ids and gfns of which are refused. The vCPUs are created when ``vcpu``
-    is first touched: a dirty ring must be enabled before.
+    own code and page tables lie in its last memslot (``own_slot``), ids and gfns of which are refused. The vCPUs are created
+    when ``vcpu`` is first touched: a dirty ring must be enabled before.
 
     `NoKvm` where there is no usable KVM.
     """
@@ -63,7 +65,7 @@ class RealVm:
         try:
             self._kvm = self._owned(open_kvm())
             self._fd = self._owned(create_vm(self._kvm))
-            self._own_slot = capability(self._fd, abi.KVM_CAP_NR_MEMSLOTS) - 1
+            self.own_slot = capability(self._fd, abi.KVM_CAP_NR_MEMSLOTS) - 1
             self._statistics[self._fd] = None
             self._memory, start = self._map(MEMORY_SIZE + HUGE)
             self._skipped = -start % HUGE
@@ -72,7 +74,7 @@ class RealVm:
                 self._memory.madvise(PAGE_SIZES[page_size])
             self._private, address = self._map(guest.private_pages(vcpus) * PAGE_SIZE)
             self._private[: len(guest.image())] = guest.image()
-            self._set_region(MemoryRegion(self._own_slot, 0, guest.PRIVATE, len(self._private), address))
+            self._set_region(MemoryRegion(self.own_slot, 0, guest.PRIVATE, len(self._private), address))
         except BaseException:
             self.close()
             raise
@@ -149,7 +151,7 @@ class RealVm:
         self, slot: int, flags: int, guest_phys_addr: int, memory_size: int, userspace_addr: int
     ) -> None:
         """KVM_SET_USER_MEMORY_REGION, in bytes. OSError EINVAL, EEXIST or ENOMEM."""
-        if slot == self._own_slot:
+        if slot == self.own_slot:
             raise ValueError(f"slot {slot}, the last one, is the VM's own")
         region = MemoryRegion(slot, flags, guest_phys_addr, memory_size, userspace_addr)
         self._set_region(region)
@@ -272,7 +274,7 @@ class RealVm:
     def clear_young(self, start: int, end: int) -> bool:
         """Age the gfns of [start, end) without a flush. Returns whether any was young. OSError ENOSYS, with what is missing,
         where the machine does not let us."""
-        return page_idle.clear_young([hva for gfn in range(start, end) if (hva := self.hva(gfn)) is not None])
+        return host.clear_young([hva for gfn in range(start, end) if (hva := self.hva(gfn)) is not None])
 
     @property
     def counters(self) -> dict[str, int]:
@@ -287,3 +289,12 @@ class RealVm:
             for name, value in statistics.read().items():
                 total[name] += value
         return dict(total)
+
+    @property
+    def flush_requests(self) -> int:
+        """How often KVM has asked for a flush of all TLBs: requests, not ``remote_tlb_flush``, which counts only where a vCPU
+        had to be kicked. OSError ENOTTY where the kernel does not count them."""
+        counters = self.counters
+        if FLUSH_REQUESTS not in counters:
+            raise OSError(errno.ENOTTY, f"{os.strerror(errno.ENOTTY)}: this kernel does not count {FLUSH_REQUESTS}")
+        return counters[FLUSH_REQUESTS]

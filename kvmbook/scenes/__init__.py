@@ -6,6 +6,19 @@ of chapter 15; `runs` retells any run moment by moment. For notebooks, for views
 exercises, which ask about them.
 """
 
+from kvmbook.model import (
+    ABOUT_KINDS,
+    ADDRESS,
+    FREE,
+    HARDWARE_READS,
+    KVM_READS,
+    Field,
+    bit_name,
+    changes,
+    fields,
+    free_bits,
+    listed,
+)
 from kvmbook.scenes.ageing import (
     AGED_ON,
     CALLS,
@@ -120,25 +133,7 @@ from kvmbook.scenes.slots import (
     region,
     what_changes,
 )
-from kvmbook.scenes.words import (
-    ABOUT_KINDS,
-    ADDRESS,
-    FREE,
-    HARDWARE_READS,
-    KVM_READS,
-    LEAVES,
-    PFN,
-    Field,
-    after_read,
-    bit_name,
-    broken_rule,
-    changes,
-    fields,
-    free_bits,
-    is_legal,
-    listed,
-    named_words,
-)
+from kvmbook.scenes.words import LEAVES, PFN, after_read, broken_rule, is_legal, named_words
 from kvmbook.scenes.writes import (
     PML_PLACES,
     SPLITS,

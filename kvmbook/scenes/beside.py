@@ -11,7 +11,7 @@ from itertools import zip_longest
 from typing import Any, NamedTuple
 
 from kvmbook.model import Hardware, Kernel, Vm
-from kvmbook.real import BASE, QUESTIONS, RING_GFN, Machine, Outside, Said, as_hardware, as_kernel, asking, model_vm
+from kvmbook.real import BASE, QUESTIONS, RING_GFN, Machine, ModelVm, Outside, Said, as_hardware, as_kernel, asking
 from kvmbook.scenes.enabling import is_stale, spte_state, tlb_state
 
 # What the panel asks: a question and a case, and the page that it is about.
@@ -68,16 +68,16 @@ def side_by_side(asked: str, model: str, machine: Machine) -> SideBySide:
     made = list[Vm]()
 
     def make(vcpus: int, page_size: str) -> Outside:
-        vm = model_vm(hardware, kernel, vcpus, page_size)
+        vm = ModelVm(hardware, kernel, vcpus, page_size=page_size)
         made.append(vm.vm)
         ask = asking(vm)
 
-        def watched(call: str, arguments: list[Any]) -> Any:
-            answer = ask(call, arguments)
+        def watched(*call: Any) -> Said:
+            said = ask(*call)
             entry = vm.vm.vcpu[0].tlb.lookup("L1", gfn) if vm.vm.vcpus else None
-            lost = call == "write" and len(vm.missed_dirty(0)) > 0
+            lost = access(said).startswith("write") and len(vm.missed_dirty(0)) > 0
             inside.append((spte_state(vm.fmt, vm.spte(gfn)), tlb_state(entry), lost))
-            return answer
+            return said
 
         return Outside(watched, vcpus=vcpus)
 
@@ -101,7 +101,7 @@ def _named(said: Iterable[Said]) -> list[Said]:
     """Counts of flush requests, each as what came since the one before."""
     found, before = [], None
     for one in said:
-        if one.name == "flush_requests":
+        if one.name == "flush_requests" and not one.refused:
             answer, before = one.answer - (one.answer if before is None else before), one.answer
             one = one._replace(answer=answer)
         found.append(one)
@@ -126,36 +126,48 @@ def _merged(rows: Iterable[Beside]) -> list[Beside]:
 def call_in_words(said: Said) -> str:
     """What a call is, for one line of a picture."""
     asked = said.arguments
-    if said.name == "set_user_memory_region":
-        _, gfn, npages, flags = asked
-        return f"slot {gfn:#x}, {npages} pages{', logging' * bool(flags)}" if npages else "slot deleted"
+    if said.name == "run":
+        return access(said)
+    if said.name == "memory_region":
+        _, flags, gfn, npages, _ = asked
+        return f"slot {gfn:#x}, {npages} pages{', logging' * (flags & 1)}" if npages else "slot deleted"
     if said.name == "clear_dirty_log":
         return f"CLEAR {pages_in_words(asked[3])}"
+    if said.name == "values":
+        return f"memory of {asked[0][0]:#x}"
     return CALL_WORDS[said.name].format(*asked)
 
 
+def access(said: Said) -> str:
+    """The access that a call is, "" if it is none."""
+    if said.name != "run":
+        return ""
+    ((kind, gfn),) = said.arguments[1]
+    return f"{kind} {gfn:#x}"
+
+
 CALL_WORDS = {
-    "read": "read {1:#x}",
-    "write": "write {1:#x}",
     "get_dirty_log": "GET",
-    "enable_cap_manual_dirty_log_protect2": "manual protect: {0}",
+    "manual_protect": "manual protect: {0}",
     "enable_dirty_ring": "dirty ring",
     "harvest": "harvest the ring",
     "clear_young": "the host ages",
     "flush_requests": "flushes asked for",
-    "value": "memory of {1:#x}",
 }
 
 
 def answer_in_words(said: Said) -> str:
     """An answer, as short."""
     answer = said.answer
-    if isinstance(answer, dict):
-        return str(answer["errno"])
+    if said.refused:
+        return str(answer)
+    if said.name in ("run", "values"):
+        (told,) = answer
+        return str(told[0] if said.name == "values" else told)
     if said.name == "get_dirty_log":
         return pages_in_words(answer[1], answer[0])
     if said.name == "harvest":
-        return pages_in_words([page for _, page in answer])
+        return pages_in_words([page for _, page in answer or ()])
     if said.name == "flush_requests":
         return f"+{answer}"
     if isinstance(answer, bool):

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from kvmbook.model import SPTE_TDP_AD_MASK, SPTE_TDP_AD_WRPROT_ONLY_MASK, SpteFormat
-from kvmbook.scenes.words import changes, legality, stray_bits, without_word
+from kvmbook.model import SPTE_TDP_AD_MASK, SPTE_TDP_AD_WRPROT_ONLY_MASK, SpteFormat, changes
+from kvmbook.scenes.words import legality, stray_bits, without_word
 
 Says = Callable[[SpteFormat, int], Any]
 Operate = Callable[[SpteFormat, int], tuple[int, str]]  # the new word, and what else is to be said

@@ -13,10 +13,9 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 from kvmbook import Hardware, Kernel, Vm
-from kvmbook.real import CLAIMS, RealVm, Seen, ask_machine, clear_reports, ring_reports
+from kvmbook.real import CLAIMS, RING_GFN, RealVm, Seen, ask_machine, clear_reports, ring_reports
 from kvmbook.real.__main__ import main
-from kvmbook.real.losses import RING_GFN
-from kvmbook.real.recording import Recording
+from kvmbook.real.machines import Recording
 
 BASE, NPAGES = 0x100, 64
 SLOT = {"slot": 0, "base_gfn": BASE, "npages": NPAGES}
@@ -61,7 +60,7 @@ def refused(kind, call, word):
 def gfns_and_memory_that_are_not_its_own_are_refused():
     with RealVm() as vm:
         vm.set_user_memory_region(**SLOT)
-        own = vm._own_slot
+        own = vm.own_slot
         for gfn in (-1, 1 << 20, 0xF0000, 0xF8000):
             refused(ValueError, lambda gfn=gfn: vm.vcpu[0].read(gfn), "guest")
         refused(ValueError, lambda: vm.vcpu[0].run([("jump", BASE)]), "jump")
@@ -348,7 +347,8 @@ def what_is_recorded_agrees_with_the_model_and_comes_again():
         for path in paths:
             assert main(["record", str(path), "--kind", "ring", "--calls", "60"]) == 0
         first, again = map(Recording.load, paths)
-        assert [call[:3] for call in first.calls] == [call[:3] for call in again.calls]
+        said = [[one[:3] for one in recording.sessions[0].said] for recording in (first, again)]
+        assert said[0] == said[1]
 
 
 RUNS = {

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from kvmbook.real import CLAIMS, Offers, ask_machine, device, offers, page_idle
+from kvmbook.real import CLAIMS, Offers, ask_machine, device, host, offers
 from kvmbook.real.__main__ import main
 
 OLD = Offers(
@@ -114,40 +114,40 @@ def frames(monkeypatch, tmp_path):
     pagemap, bitmap = tmp_path / "pagemap", tmp_path / "bitmap"
     pagemap.write_bytes(struct.pack("4Q", 1 << 63 | 70, 1 << 63 | 71, 0, 1 << 63 | 3))
     bitmap.write_bytes(bytes(16))
-    monkeypatch.setattr(page_idle, "PAGEMAP", pagemap)
-    monkeypatch.setattr(page_idle, "BITMAP", bitmap)
+    monkeypatch.setattr(host, "PAGEMAP", pagemap)
+    monkeypatch.setattr(host, "BITMAP", bitmap)
     return bitmap
 
 
 def test_ageing_sets_the_bits_of_the_frames_and_tells_whether_any_was_young(frames):
     frames.write_bytes(struct.pack("2Q", 0, 1 << 6))
-    assert page_idle.clear_young([0]) is False
-    assert page_idle.clear_young([0x1000]) is True
+    assert host.clear_young([0]) is False
+    assert host.clear_young([0x1000]) is True
     assert struct.unpack("2Q", frames.read_bytes())[1] == 1 << 7
-    assert page_idle.clear_young([0x2000]) is False  # the host has no page there
+    assert host.clear_young([0x2000]) is False  # the host has no page there
 
 
 def test_what_the_host_does_not_age_is_refused_not_told_as_young(frames, monkeypatch):
     """A bitmap that keeps nothing, as for the frame of a page on no LRU list; or only when that list has been filled."""
-    monkeypatch.setattr(page_idle, "BITMAP", type(frames)("/dev/zero"))
+    monkeypatch.setattr(host, "BITMAP", type(frames)("/dev/zero"))
     with pytest.raises(OSError, match="does not age frame 0x46") as refusal:
-        page_idle.clear_young([0])
+        host.clear_young([0])
     assert refusal.value.errno == errno.EAGAIN
-    monkeypatch.setattr(page_idle, "BITMAP", frames)
-    filled, set_idle = [], page_idle._set_idle
-    monkeypatch.setattr(page_idle, "_fill_lru_list", lambda: filled.append(True))
-    monkeypatch.setattr(page_idle, "_set_idle", lambda bitmap, pfn: set_idle(bitmap, pfn) if filled else None)
-    assert page_idle.clear_young([0]) and not page_idle.clear_young([0]) and filled == [True]
+    monkeypatch.setattr(host, "BITMAP", frames)
+    filled, set_idle = [], host._set_idle
+    monkeypatch.setattr(host, "_fill_lru_list", lambda: filled.append(True))
+    monkeypatch.setattr(host, "_set_idle", lambda bitmap, pfn: set_idle(bitmap, pfn) if filled else None)
+    assert host.clear_young([0]) and not host.clear_young([0]) and filled == [True]
 
 
 def test_without_page_idle_it_says_what_is_missing(frames):
     frames.unlink()
     with pytest.raises(OSError, match="CONFIG_IDLE_PAGE_TRACKING") as refusal:
-        page_idle.clear_young([0])
+        host.clear_young([0])
     assert refusal.value.errno == errno.ENOSYS
 
 
 def test_where_page_frames_are_hidden_it_says_so(frames):
-    page_idle.PAGEMAP.write_bytes(struct.pack("Q", 1 << 63))
+    host.PAGEMAP.write_bytes(struct.pack("Q", 1 << 63))
     with pytest.raises(OSError, match="root only"):
-        page_idle.clear_young([0])
+        host.clear_young([0])
