@@ -14,9 +14,9 @@ ROOT = pathlib.Path(__file__).parent.parent
 # From the ground up: a wing may import from those before it, by their face; a room from those before it in its wing.
 WINGS = {
     "model": [
-        "compiled", "arrays", "spte", "layout", "tlb", "host", "hardware", "kernel", "memslots", "page_tables", "machine",
-        "access_tracking", "guest_memory", "huge_pages", "wrprot", "faults", "memory_regions", "dirty_log", "vm",
-        "invariants",
+        "compiled", "arrays", "spte", "layout", "spte_rules", "tlb", "host", "hardware", "switches", "kernel",
+        "memslots", "page_tables", "machine", "access_tracking", "guest_memory", "huge_pages", "wrprot", "faults",
+        "memory_regions", "dirty_log", "vm", "invariants",
     ],
     "real": [
         "abi", "device", "guest", "watchdog", "host", "vcpu", "vm", "offers", "modelled", "calls", "machines", "questions",

@@ -47,6 +47,7 @@ from kvmbook.model.memslots import (
     to_bits,
     to_words,
 )
+from kvmbook.model.page_tables import PageTable
 from kvmbook.model.spte import (
     ACCESSES,
     EPT_RWX_MASK,
@@ -67,6 +68,7 @@ from kvmbook.model.spte import (
     SpteFormat,
     pages_per_level,
 )
+from kvmbook.model.switches import Difference, Switch
 from kvmbook.model.tlb import Tlb, TlbEntry
 from kvmbook.model.vm import Vcpu, Vm
 from kvmbook.model.wrprot import TrackGuestPageTable

@@ -66,9 +66,13 @@ class DirtyLogOperation(Operation):
         return np.asarray(self.slot.dirty_bitmap[1])
 
     @step()
-    def kick(self, m: Machine) -> None:
-        """Ask the vCPUs to leave the guest, which drains PML buffers. It does not wait."""
+    def kick(self, m: Machine) -> str | None:
+        """Ask the vCPUs to leave the guest, which drains PML buffers. It does not wait.
+        Source: arch/x86/kvm/x86.c: kvm_arch_sync_dirty_log(), v5.19."""
+        if not m.hardware.pml_entries and not m.kernel.kicks_without_pml:
+            return "nothing to drain"
         m.kick_all()
+        return None
 
     @step(lock="write", keeps=True)
     def take_bits(self, m: Machine) -> str:

@@ -2,16 +2,19 @@
 
 The model's functions ask a `Kernel`; they never look at its name. So another release, or a release with one rule
 changed, is one more value of this class: see `Kernel.with_`. A release that changes the helpers of one SPTE brings a
-subclass of `SpteFormat` as its ``spte_rules``.
+subclass of `SpteFormat` as its ``spte_rules``. What is known of a switch stands where its field is declared.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from enum import Enum
+from itertools import chain
 from typing import Any, ClassVar, Protocol
 
 from kvmbook.model.spte import SpteFormat
+from kvmbook.model.spte_rules import AsksForAllRoots
+from kvmbook.model.switches import Difference, Switch, number, switch
 
 
 class FlushRule(Protocol):
@@ -57,64 +60,156 @@ class FlushPolicy(Enum):
 
 @dataclass(frozen=True)
 class Kernel:
-    """One release, or one variant of it.
-
-    ``flush``: the rule when dirty logging is enabled (arch/x86/kvm/x86.c: kvm_mmu_slot_apply_flags()).
-    ``spte_rules``: the class whose methods are this release's SPTE helpers.
-    ``clear_flush_young_flushes``: what the name says (no longer since v6.13).
-    ``eager_split_rmaps``: enabling also splits huge pages of nested guests (v6.0, ada51a9de725).
-    ``recovers_2m_rmaps``: switching logging off also drops the legacy MMU's 2M leaves where 1G fits (v6.0).
-    ``clear_split_forgets_last``: KVM_CLEAR_DIRTY_LOG takes the last gfn as an exclusive end when it splits huge pages
-    (v5.18 to v6.7, fixed by 1aa4bb916808).
-    ``clear_compares_rounded_up``: with INITIALLY_SET it asks whether first and last gfn lie in two huge pages by comparing
-    addresses rounded *up*, so it overlooks a huge page that begins at the last gfn (every release; off is the repair).
-    ``ring_skips_protection``: with INITIALLY_SET enabling protects nothing, also where writes go to a ring, which has no bits
-    that could be set (every release; off is the repair).
-    ``pml_drains_oldest_first``: an exit takes the PML buffer's pages in the order of the writes (v6.14, 37c3ddfe5238);
-    before, newest first.
-    ``marks_without_vcpu``: KVM can mark a page dirty on no vCPU's behalf (v6.2, c57351a75d01); before, the mark is dropped.
-    ``splits_on_fault``: a fault for 4K that finds a huge page splits it, in the TDP MMU (v6.2, c4b33d28ea51); before, it
-    drops the huge page and flushes.
-    ``neighbour_prefetch``: a fault in the legacy MMU also maps up to seven neighbours (every release; off here, so that
-    the pages of a run have nothing to do with each other; on, to compare with a real machine).
-    ``fast_path_marks_first``: a fast page fault marks the page before it makes the SPTE writable, and not after (no
-    release; switch it on to see why).
-    ``srcu_grace_period``: publishing a memslot waits for faults that began before (every release; switch it off to
-    see why).
-    ``fast_path_asks_mmu_writable``: the fast path gives W back only where MMU-writable allows it (every release; likewise).
-    ``guard_flushes_before_unlock``: guarding a guest's page table holds mmu_lock until its flush (every release; likewise).
-    """
+    """One release, or one variant of it: a value for each switch. ``releases`` has those that are here, in order."""
 
     name: str
-    flush: FlushRule
-    spte_rules: type[SpteFormat] = SpteFormat
-    clear_flush_young_flushes: bool = True
-    eager_split_rmaps: bool = False
-    recovers_2m_rmaps: bool = False
-    clear_split_forgets_last: bool = True
-    clear_compares_rounded_up: bool = True
-    ring_skips_protection: bool = True
-    pml_drains_oldest_first: bool = False
-    marks_without_vcpu: bool = False
-    splits_on_fault: bool = False
-    neighbour_prefetch: bool = False
-    fast_path_marks_first: bool = False
-    srcu_grace_period: bool = True
-    fast_path_asks_mmu_writable: bool = True
-    guard_flushes_before_unlock: bool = True
+    flush: FlushRule = switch(
+        "enabling dirty logging flushes once, whatever its passes met; before, if a pass was told to",
+        "arch/x86/kvm/x86.c: kvm_mmu_slot_apply_flags()",
+        v5_19=FlushPolicy.IF_CHANGED,
+        v6_0=(FlushPolicy.ALWAYS, "b64d740ea7dd"),
+    )
+    spte_rules: type[SpteFormat] = switch(
+        "the helpers of one SPTE are the methods of this class",
+        "arch/x86/kvm/mmu",
+        v5_19=SpteFormat,
+        v6_4=(AsksForAllRoots, "5982a5392663"),
+        v6_9=(SpteFormat, "2673dfb591a3"),
+    )
+    clear_flush_young_flushes: bool = switch(
+        "clear_flush_young() ages and does not flush; before, it flushed if something was young",
+        "virt/kvm/kvm_main.c: kvm_mmu_notifier_clear_flush_young()",
+        v5_19=True,
+        v6_13=(False, "2ebbe0308c29, b9883ee40d7e"),
+    )
+    eager_split_rmaps: bool = switch(
+        "enabling also splits huge pages of nested guests",
+        "mmu/mmu.c: kvm_shadow_mmu_try_split_huge_pages()",
+        v5_19=False,
+        v6_0=(True, "ada51a9de725"),
+    )
+    recovers_2m_rmaps: bool = switch(
+        "switching logging off also drops the legacy MMU's 2M leaves where 1G fits",
+        "mmu/mmu.c: kvm_rmap_zap_collapsible_sptes()",
+        v5_19=False,
+        v6_0=(True, ""),
+    )
+    clear_split_forgets_last: bool = switch(
+        "KVM_CLEAR_DIRTY_LOG splits huge pages up to the last gfn; before (from v5.18), the last was left out",
+        "mmu/mmu.c: kvm_arch_mmu_enable_log_dirty_pt_masked()",
+        v5_19=True,
+        v6_8=(False, "1aa4bb916808"),
+    )
+    clear_compares_rounded_up: bool = switch(
+        "with INITIALLY_SET, KVM_CLEAR_DIRTY_LOG asks whether first and last gfn lie in two huge pages by comparing "
+        "addresses rounded up, so it overlooks a huge page that begins at the last gfn (every release; off is the repair)",
+        "mmu/mmu.c: kvm_arch_mmu_enable_log_dirty_pt_masked()",
+        v5_19=True,
+    )
+    ring_skips_protection: bool = switch(
+        "with INITIALLY_SET enabling protects nothing, also where writes go to a ring, which has no bits that could be set "
+        "(every release; off is the repair)",
+        "arch/x86/kvm/x86.c: kvm_mmu_slot_apply_flags()",
+        v5_19=True,
+    )
+    kicks_without_pml: bool = switch(
+        "KVM_GET_DIRTY_LOG and KVM_CLEAR_DIRTY_LOG kick the vCPUs only with PML; before, always",
+        "arch/x86/kvm/x86.c: kvm_arch_sync_dirty_log()",
+        v5_19=True,
+        v6_8=(False, ""),
+    )
+    pml_drains_oldest_first: bool = switch(
+        "an exit takes the PML buffer's pages in the order of the writes; before, newest first",
+        "arch/x86/kvm/vmx/vmx.c: vmx_flush_pml_buffer()",
+        v5_19=False,
+        v6_14=(True, "37c3ddfe5238"),
+    )
+    marks_without_vcpu: bool = switch(
+        "KVM can mark a page dirty on no vCPU's behalf; before, the mark is dropped",
+        "virt/kvm/kvm_main.c: mark_page_dirty_in_slot()",
+        v5_19=False,
+        v6_2=(True, "c57351a75d01"),
+    )
+    splits_on_fault: bool = switch(
+        "a fault for 4K that finds a huge page splits it, in the TDP MMU; before, it drops the huge page and flushes",
+        "mmu/tdp_mmu.c: kvm_tdp_mmu_map()",
+        v5_19=False,
+        v6_2=(True, "c4b33d28ea51"),
+    )
+    neighbour_prefetch: bool = switch(
+        "a fault in the legacy MMU also maps up to seven neighbours (every release; off here, so that the pages of a run "
+        "have nothing to do with each other; on, to compare with a real machine)",
+        "mmu/mmu.c: direct_pte_prefetch()",
+        v5_19=False,
+    )
+    fast_path_marks_first: bool = switch(
+        "a fast page fault marks the page before it makes the SPTE writable, and not after (no release; on, to see why)",
+        "mmu/mmu.c: fast_pf_fix_direct_spte()",
+        v5_19=False,
+    )
+    srcu_grace_period: bool = switch(
+        "publishing a memslot waits for faults that began before (every release; off, to see why)",
+        "virt/kvm/kvm_main.c: kvm_swap_active_memslots()",
+        v5_19=True,
+    )
+    fast_path_asks_mmu_writable: bool = switch(
+        "the fast path gives W back only where MMU-writable allows it (every release; off, to see why)",
+        "mmu/mmu.c: fast_page_fault()",
+        v5_19=True,
+    )
+    guard_flushes_before_unlock: bool = switch(
+        "guarding a guest's page table holds mmu_lock until its flush (every release; off, to see why)",
+        "mmu/page_track.c: kvm_slot_page_track_add_page()",
+        v5_19=True,
+    )
 
+    releases: ClassVar[tuple[Kernel, ...]]
     v5_19: ClassVar[Kernel]
     v6_0: ClassVar[Kernel]
+    v6_1: ClassVar[Kernel]
+    v6_2: ClassVar[Kernel]
+    v6_4: ClassVar[Kernel]
+    v6_8: ClassVar[Kernel]
+    v6_9: ClassVar[Kernel]
+    v6_13: ClassVar[Kernel]
+    v6_14: ClassVar[Kernel]
+    v6_18: ClassVar[Kernel]
+
+    @classmethod
+    def switches(cls) -> dict[str, Switch]:
+        """What is known of each field, by its name."""
+        return {each.name: each.metadata["switch"] for each in fields(cls) if each.metadata}
+
+    @classmethod
+    def of(cls, release: str) -> Kernel:
+        """The rules of a release, such as "v6.12" or "6.12.3": those of the newest of ``releases`` that is not newer, or of
+        the first."""
+        known = [kernel for kernel in cls.releases if number(kernel.name) <= number(release)]
+        return known[-1] if known else cls.releases[0]
 
     def with_(self, **changes: Any) -> Kernel:
         """The same release but for ``changes``, e.g. ``Kernel.v5_19.with_(flush=FlushPolicy.ALWAYS)``."""
         said = ", ".join(f"{key}={getattr(value, 'value', value)}" for key, value in changes.items() if key != "name")
         return replace(self, **{"name": f"{self.name} with {said}", **changes})
 
+    def differs_from(self, other: Kernel) -> tuple[Difference, ...]:
+        """Which rules differ, in words, the oldest change first; each with its commits and its source."""
+        pairs = {name: (getattr(self, name), getattr(other, name)) for name in self.switches()}
+        found = [self.switches()[name].differences(name, *pair) for name, pair in pairs.items() if pair[0] != pair[1]]
+        return tuple(sorted(chain(*found), key=lambda difference: number(difference.release)))
+
     def spte_format(self, fmt: SpteFormat) -> SpteFormat:
         """This release's helpers over the masks of ``fmt``."""
-        return self.spte_rules(**{field.name: getattr(fmt, field.name) for field in fields(fmt)})
+        return self.spte_rules.of(fmt)
 
 
-Kernel.v5_19 = Kernel("Linux v5.19", flush=FlushPolicy.IF_CHANGED)
-Kernel.v6_0 = Kernel("Linux v6.0", flush=FlushPolicy.ALWAYS, eager_split_rmaps=True, recovers_2m_rmaps=True)
+def _release(name: str) -> Kernel:
+    return Kernel(f"Linux {name}", **{rule: switch.value_in(name) for rule, switch in Kernel.switches().items()})
+
+
+for _name in [name for name in Kernel.__annotations__ if name.startswith("v")]:
+    setattr(Kernel, _name, _release(_name.replace("_", ".")))
+Kernel.releases = tuple(getattr(Kernel, name) for name in Kernel.__annotations__ if name.startswith("v"))
+Kernel.__doc__ = "\n\n".join(
+    [f"{Kernel.__doc__}", *(f"``{name}``: {said}" for name, said in Kernel.switches().items())]
+)

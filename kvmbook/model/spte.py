@@ -8,7 +8,7 @@ Names are the kernel's. Sources are files below ``arch/x86/kvm/mmu`` of Linux v5
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 from kvmbook.model.arrays import ALL_BITS, SPTE_BASE_ADDR_MASK
@@ -114,22 +114,27 @@ class SpteFormat:
     # ---- the formats ------------------------------------------------------------------------------------------------
 
     @classmethod
+    def of(cls, fmt: SpteFormat) -> SpteFormat:
+        """These helpers over the masks of ``fmt``, with what their release made of them."""
+        return cls(**{field.name: getattr(fmt, field.name) for field in fields(SpteFormat)})
+
+    @classmethod
     def npt(cls) -> SpteFormat:
         """Return AMD's nested paging format, which always has A and D bits.
         Source: mmu/spte.c: kvm_mmu_reset_all_pte_masks(), v5.19."""
-        return cls("NPT")
+        return cls.of(SpteFormat("NPT"))
 
     @classmethod
     def shadow(cls) -> SpteFormat:
         """Return the format of shadow paging: the guest's own x86-64 format.
         Source: mmu/spte.c: kvm_mmu_reset_all_pte_masks(), v5.19."""
-        return cls("shadow paging")
+        return cls.of(SpteFormat("shadow paging"))
 
     @classmethod
     def ept(cls, ad_bits: bool = True, exec_only: bool = True) -> SpteFormat:
         """Return Intel's EPT format. ``ad_bits=False``: a CPU before Haswell, or ``kvm_intel.eptad=0``.
         Source: mmu/spte.c: kvm_mmu_set_ept_masks(), v5.19."""
-        return cls(
+        masks = SpteFormat(
             name="EPT with A/D bits" if ad_bits else "EPT without A/D bits",
             shadow_user_mask=READ_MASK,
             shadow_accessed_mask=1 << 8 if ad_bits else 0,
@@ -144,6 +149,7 @@ class SpteFormat:
             shadow_mmio_value=0b110,
             shadow_mmio_mask=0b111,
         )
+        return cls.of(masks)
 
     # ---- predicates -------------------------------------------------------------------------------------------------
 
