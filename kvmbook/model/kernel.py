@@ -7,14 +7,14 @@ subclass of `SpteFormat` as its ``spte_rules``. What is known of a switch stands
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import chain
 from typing import Any, ClassVar, Protocol
 
 from kvmbook.model.spte import SpteFormat
 from kvmbook.model.spte_rules import AsksForAllRoots
-from kvmbook.model.switches import Difference, Switch, number, switch
+from kvmbook.model.switches import Difference, Switch, number, switch, switches_of, values_in
 
 
 class FlushRule(Protocol):
@@ -63,105 +63,58 @@ class Kernel:
     """One release, or one variant of it: a value for each switch. ``releases`` has those that are here, in order."""
 
     name: str
-    flush: FlushRule = switch(
-        "enabling dirty logging flushes once, whatever its passes met; before, if a pass was told to",
-        "arch/x86/kvm/x86.c: kvm_mmu_slot_apply_flags()",
-        v5_19=FlushPolicy.IF_CHANGED,
-        v6_0=(FlushPolicy.ALWAYS, "b64d740ea7dd"),
-    )
+    flush: FlushRule = switch(FlushPolicy.IF_CHANGED, v6_0=(FlushPolicy.ALWAYS, "b64d740ea7dd"))
+    """enabling dirty logging flushes once, whatever its passes met; before, if a pass was told to. arch/x86/kvm/x86.c:
+    kvm_mmu_slot_apply_flags()."""
     spte_rules: type[SpteFormat] = switch(
-        "the helpers of one SPTE are the methods of this class",
-        "arch/x86/kvm/mmu",
-        v5_19=SpteFormat,
-        v6_4=(AsksForAllRoots, "5982a5392663"),
-        v6_9=(SpteFormat, "2673dfb591a3"),
+        SpteFormat, v6_4=(AsksForAllRoots, "5982a5392663"), v6_9=(SpteFormat, "2673dfb591a3")
     )
-    clear_flush_young_flushes: bool = switch(
-        "clear_flush_young() ages and does not flush; before, it flushed if something was young",
-        "virt/kvm/kvm_main.c: kvm_mmu_notifier_clear_flush_young()",
-        v5_19=True,
-        v6_13=(False, "2ebbe0308c29, b9883ee40d7e"),
-    )
-    eager_split_rmaps: bool = switch(
-        "enabling also splits huge pages of nested guests",
-        "mmu/mmu.c: kvm_shadow_mmu_try_split_huge_pages()",
-        v5_19=False,
-        v6_0=(True, "ada51a9de725"),
-    )
-    recovers_2m_rmaps: bool = switch(
-        "switching logging off also drops the legacy MMU's 2M leaves where 1G fits",
-        "mmu/mmu.c: kvm_rmap_zap_collapsible_sptes()",
-        v5_19=False,
-        v6_0=(True, ""),
-    )
-    clear_split_forgets_last: bool = switch(
-        "KVM_CLEAR_DIRTY_LOG splits huge pages up to the last gfn; before (from v5.18), the last was left out",
-        "mmu/mmu.c: kvm_arch_mmu_enable_log_dirty_pt_masked()",
-        v5_19=True,
-        v6_8=(False, "1aa4bb916808"),
-    )
-    clear_compares_rounded_up: bool = switch(
-        "with INITIALLY_SET, KVM_CLEAR_DIRTY_LOG asks whether first and last gfn lie in two huge pages by comparing "
-        "addresses rounded up, so it overlooks a huge page that begins at the last gfn (every release; off is the repair)",
-        "mmu/mmu.c: kvm_arch_mmu_enable_log_dirty_pt_masked()",
-        v5_19=True,
-    )
-    ring_skips_protection: bool = switch(
-        "with INITIALLY_SET enabling protects nothing, also where writes go to a ring, which has no bits that could be set "
-        "(every release; off is the repair)",
-        "arch/x86/kvm/x86.c: kvm_mmu_slot_apply_flags()",
-        v5_19=True,
-    )
-    kicks_without_pml: bool = switch(
-        "KVM_GET_DIRTY_LOG and KVM_CLEAR_DIRTY_LOG kick the vCPUs only with PML; before, always",
-        "arch/x86/kvm/x86.c: kvm_arch_sync_dirty_log()",
-        v5_19=True,
-        v6_8=(False, ""),
-    )
-    pml_drains_oldest_first: bool = switch(
-        "an exit takes the PML buffer's pages in the order of the writes; before, newest first",
-        "arch/x86/kvm/vmx/vmx.c: vmx_flush_pml_buffer()",
-        v5_19=False,
-        v6_14=(True, "37c3ddfe5238"),
-    )
-    marks_without_vcpu: bool = switch(
-        "KVM can mark a page dirty on no vCPU's behalf; before, the mark is dropped",
-        "virt/kvm/kvm_main.c: mark_page_dirty_in_slot()",
-        v5_19=False,
-        v6_2=(True, "c57351a75d01"),
-    )
-    splits_on_fault: bool = switch(
-        "a fault for 4K that finds a huge page splits it, in the TDP MMU; before, it drops the huge page and flushes",
-        "mmu/tdp_mmu.c: kvm_tdp_mmu_map()",
-        v5_19=False,
-        v6_2=(True, "c4b33d28ea51"),
-    )
-    neighbour_prefetch: bool = switch(
-        "a fault in the legacy MMU also maps up to seven neighbours (every release; off here, so that the pages of a run "
-        "have nothing to do with each other; on, to compare with a real machine)",
-        "mmu/mmu.c: direct_pte_prefetch()",
-        v5_19=False,
-    )
-    fast_path_marks_first: bool = switch(
-        "a fast page fault marks the page before it makes the SPTE writable, and not after (no release; on, to see why)",
-        "mmu/mmu.c: fast_pf_fix_direct_spte()",
-        v5_19=False,
-    )
-    srcu_grace_period: bool = switch(
-        "publishing a memslot waits for faults that began before (every release; off, to see why)",
-        "virt/kvm/kvm_main.c: kvm_swap_active_memslots()",
-        v5_19=True,
-    )
-    fast_path_asks_mmu_writable: bool = switch(
-        "the fast path gives W back only where MMU-writable allows it (every release; off, to see why)",
-        "mmu/mmu.c: fast_page_fault()",
-        v5_19=True,
-    )
-    guard_flushes_before_unlock: bool = switch(
-        "guarding a guest's page table holds mmu_lock until its flush (every release; off, to see why)",
-        "mmu/page_track.c: kvm_slot_page_track_add_page()",
-        v5_19=True,
-    )
+    """the helpers of one SPTE are the methods of this class. arch/x86/kvm/mmu."""
+    clear_flush_young_flushes: bool = switch(True, v6_13=(False, "2ebbe0308c29, b9883ee40d7e"))
+    """clear_flush_young() ages and does not flush; before, it flushed if something was young. virt/kvm/kvm_main.c:
+    kvm_mmu_notifier_clear_flush_young()."""
+    eager_split_rmaps: bool = switch(False, v6_0=(True, "ada51a9de725"))
+    """enabling also splits huge pages of nested guests. mmu/mmu.c: kvm_shadow_mmu_try_split_huge_pages()."""
+    recovers_2m_rmaps: bool = switch(False, v6_0=(True, ""))
+    """switching logging off also drops the legacy MMU's 2M leaves where 1G fits. mmu/mmu.c:
+    kvm_rmap_zap_collapsible_sptes()."""
+    clear_split_forgets_last: bool = switch(True, v6_8=(False, "1aa4bb916808"))
+    """KVM_CLEAR_DIRTY_LOG splits huge pages up to the last gfn; before (from v5.18), the last was left out. mmu/mmu.c:
+    kvm_arch_mmu_enable_log_dirty_pt_masked()."""
+    clear_compares_rounded_up: bool = switch(True)
+    """with INITIALLY_SET, KVM_CLEAR_DIRTY_LOG asks whether first and last gfn lie in two huge pages by comparing
+    addresses rounded up, so it overlooks a huge page that begins at the last gfn (every release; off is the repair).
+    mmu/mmu.c: kvm_arch_mmu_enable_log_dirty_pt_masked()."""
+    ring_skips_protection: bool = switch(True)
+    """with INITIALLY_SET enabling protects nothing, also where writes go to a ring, which has no bits that could be set
+    (every release; off is the repair). arch/x86/kvm/x86.c: kvm_mmu_slot_apply_flags()."""
+    kicks_without_pml: bool = switch(True, v6_8=(False, ""))
+    """KVM_GET_DIRTY_LOG and KVM_CLEAR_DIRTY_LOG kick the vCPUs only with PML; before, always. arch/x86/kvm/x86.c:
+    kvm_arch_sync_dirty_log()."""
+    pml_drains_oldest_first: bool = switch(False, v6_14=(True, "37c3ddfe5238"))
+    """an exit takes the PML buffer's pages in the order of the writes; before, newest first. arch/x86/kvm/vmx/vmx.c:
+    vmx_flush_pml_buffer()."""
+    marks_without_vcpu: bool = switch(False, v6_2=(True, "c57351a75d01"))
+    """KVM can mark a page dirty on no vCPU's behalf; before, the mark is dropped. virt/kvm/kvm_main.c:
+    mark_page_dirty_in_slot()."""
+    splits_on_fault: bool = switch(False, v6_2=(True, "c4b33d28ea51"))
+    """a fault for 4K that finds a huge page splits it, in the TDP MMU; before, it drops the huge page and flushes.
+    mmu/tdp_mmu.c: kvm_tdp_mmu_map()."""
+    neighbour_prefetch: bool = switch(False)
+    """a fault in the legacy MMU also maps up to seven neighbours (every release; off here, so that the pages of a run
+    have nothing to do with each other; on, to compare with a real machine). mmu/mmu.c: direct_pte_prefetch()."""
+    fast_path_marks_first: bool = switch(False)
+    """a fast page fault marks the page before it makes the SPTE writable, and not after (no release; on, to see why).
+    mmu/mmu.c: fast_pf_fix_direct_spte()."""
+    srcu_grace_period: bool = switch(True)
+    """publishing a memslot waits for faults that began before (every release; off, to see why). virt/kvm/kvm_main.c:
+    kvm_swap_active_memslots()."""
+    fast_path_asks_mmu_writable: bool = switch(True)
+    """the fast path gives W back only where MMU-writable allows it (every release; off, to see why). mmu/mmu.c:
+    fast_page_fault()."""
+    guard_flushes_before_unlock: bool = switch(True)
+    """guarding a guest's page table holds mmu_lock until its flush (every release; off, to see why). mmu/page_track.c:
+    kvm_slot_page_track_add_page()."""
 
     releases: ClassVar[tuple[Kernel, ...]]
     v5_19: ClassVar[Kernel]
@@ -178,7 +131,7 @@ class Kernel:
     @classmethod
     def switches(cls) -> dict[str, Switch]:
         """What is known of each field, by its name."""
-        return {each.name: each.metadata["switch"] for each in fields(cls) if each.metadata}
+        return switches_of(cls)
 
     @classmethod
     def of(cls, release: str) -> Kernel:
@@ -194,8 +147,8 @@ class Kernel:
 
     def differs_from(self, other: Kernel) -> tuple[Difference, ...]:
         """Which rules differ, in words, the oldest change first; each with its commits and its source."""
-        pairs = {name: (getattr(self, name), getattr(other, name)) for name in self.switches()}
-        found = [self.switches()[name].differences(name, *pair) for name, pair in pairs.items() if pair[0] != pair[1]]
+        pairs = {name: (getattr(self, name), getattr(other, name), known) for name, known in self.switches().items()}
+        found = [known.differences(name, one, two) for name, (one, two, known) in pairs.items() if one != two]
         return tuple(sorted(chain(*found), key=lambda difference: number(difference.release)))
 
     def spte_format(self, fmt: SpteFormat) -> SpteFormat:
@@ -203,13 +156,7 @@ class Kernel:
         return self.spte_rules.of(fmt)
 
 
-def _release(name: str) -> Kernel:
-    return Kernel(f"Linux {name}", **{rule: switch.value_in(name) for rule, switch in Kernel.switches().items()})
-
-
-for _name in [name for name in Kernel.__annotations__ if name.startswith("v")]:
-    setattr(Kernel, _name, _release(_name.replace("_", ".")))
-Kernel.releases = tuple(getattr(Kernel, name) for name in Kernel.__annotations__ if name.startswith("v"))
-Kernel.__doc__ = "\n\n".join(
-    [f"{Kernel.__doc__}", *(f"``{name}``: {said}" for name, said in Kernel.switches().items())]
-)
+NAMES = [name.replace("_", ".") for name in Kernel.__annotations__ if name.startswith("v")]
+Kernel.releases = tuple(Kernel(f"Linux {name}", **values_in(Kernel, name)) for name in NAMES)
+for _kernel, _name in zip(Kernel.releases, NAMES, strict=True):
+    setattr(Kernel, _name.replace(".", "_"), _kernel)

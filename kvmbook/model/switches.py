@@ -1,14 +1,17 @@
 """A rule that a release changed, as data: what it says, where the kernel says it, its value in each release, the commits.
 
-All of that is written once, where `Kernel` declares the field. Its releases, its help text and the words for what differs
-between two kernels are made of it.
+All of that is written once, where `Kernel` declares the field. Its releases, and the words for what differs between two
+kernels, are made of it.
 """
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
-from dataclasses import dataclass, field
+import textwrap
+from dataclasses import field, fields
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 
@@ -28,39 +31,46 @@ class Difference(NamedTuple):
         return f"{self.rule}{since}: {self.says} ({self.source}{commits})"
 
 
-@dataclass(frozen=True)
-class Switch:
+class Switch(NamedTuple):
     """What is known of one field. ``history``: its value in v5.19, and in each release that changed it, with the commits."""
 
     says: str
     source: str
     history: dict[str, tuple[Any, str]]
 
-    def value_in(self, release: str) -> Any:
-        """Its value in a release, such as "v6.4"; before v5.19, as in v5.19."""
-        first, *others = self.history
-        return self.history[max((first, *(r for r in others if number(r) <= number(release))), key=number)][0]
-
     def differences(self, rule: str, one: Any, other: Any) -> list[Difference]:
         """Why it has these two values in two kernels; of two classes, why their methods differ."""
         if isinstance(one, type):
             return _differing_methods(one, other)
-        changes = [(r, commits) for r, (value, commits) in [*self.history.items()][1:] if value in (one, other)]
-        return [Difference(rule, self.says, self.source, *max(changes, key=lambda c: number(c[0]), default=("", "")))]
-
-    def __str__(self) -> str:
-        first, *later = (
-            (value, f" since {r}" + f" ({commits})" * (commits != "")) for r, (value, commits) in self.history.items()
-        )
-        values = "; ".join(f"{getattr(value, '__name__', value)}{since}" for value, since in ((first[0], ""), *later))
-        return f"{self.says}. {values}. {self.source}"
+        changes = [(r, commits) for r, (value, commits) in self.history.items() if value in (one, other)]
+        return [Difference(rule, self.says, self.source, *(changes[-1] if changes[1:] else ()))]
 
 
-def switch(says: str, source: str, v5_19: Any, **changes: tuple[Any, str]) -> Any:
+def switch(v5_19: Any, **changes: tuple[Any, str]) -> Any:
     """Declare a field: ``v5_19`` is its first value, ``v6_2=(True, "c57351a75d01")`` a later one with its commits ("" if they
-    are not known)."""
+    are not known). Below it stands a string, as a docstring does: what the rule says, then file and function."""
     history = {"v5.19": (v5_19, "")} | {name.replace("_", "."): change for name, change in changes.items()}
-    return field(default=v5_19, metadata={"switch": Switch(says, source, history)})
+    return field(default=v5_19, metadata={"history": history})
+
+
+def values_in(kind: type, release: str) -> dict[str, Any]:
+    """The value of each of a dataclass's switches in a release, such as "v6.4"."""
+    histories = {each.name: each.metadata["history"] for each in fields(kind) if each.metadata}
+    known = {name: [h[r][0] for r in h if number(r) <= number(release)] for name, h in histories.items()}
+    return {name: values[-1] for name, values in known.items()}
+
+
+def switches_of(kind: type) -> dict[str, Switch]:
+    """The switches that a dataclass declares, by their names."""
+    histories = {each.name: each.metadata["history"] for each in fields(kind) if each.metadata}
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+    found = {}
+    for node, below in pairwise(getattr(tree, "body")):
+        if isinstance(node, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+            name, words = ast.unparse(node.target), " ".join(str(below.value.value).split())
+            says, _, source = words.removesuffix(".").rpartition(". ")
+            found[name] = Switch(says, source, histories[name])
+    return found
 
 
 def number(release: str) -> tuple[int, ...]:
@@ -68,9 +78,9 @@ def number(release: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", release)[:2])
 
 
-# ---- a rule that is a method -----------------------------------------------------------------------------------------
+# ---- a rule that is a method: its docstring says the same ------------------------------------------------------------
 
-SAYS = re.compile(r"(.+?)\.? Source\b: (.+), (v\d+\.\d+) \(([0-9a-f]{12}.*)\)\.")  # a docstring, see `spte_rules`
+SAYS = re.compile(r"(.+?)\.? Source\b: (.+), (v\d+\.\d+) \(([0-9a-f]{12}.*)\)\.")
 
 
 def _differing_methods(one: type, other: type) -> list[Difference]:
