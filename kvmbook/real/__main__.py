@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from kvmbook.real import differ, questions, trace
-from kvmbook.real.device import NoKvm
+from kvmbook.real.device import NoKvm, no_room
 from kvmbook.real.offers import as_text, ask_machine
 
 
@@ -48,6 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except (NoKvm, TimeoutError) as refusal:
         print(refusal.strerror, file=sys.stderr)
+        return 1
+    except OSError as refusal:
+        if not (why := no_room(refusal)):
+            raise
+        print(why, file=sys.stderr)
         return 1
 
 

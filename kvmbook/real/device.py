@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import platform
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,8 @@ def open_kvm() -> int:
     try:
         fd = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
+        if error.errno in NO_ROOM:
+            raise
         raise NoKvm(error.errno, _why_not_opened(error)) from None
     try:
         version = ioctl(fd, abi.KVM_GET_API_VERSION, told="KVM_GET_API_VERSION()")
@@ -64,7 +68,7 @@ def create_vm(kvm: int) -> int:
     except InterruptedError:  # a signal, whose handler has run by now
         return create_vm(kvm)
     except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        if error.errno in NO_ROOM:
             raise
         advice = "another hypervisor (VirtualBox, VMware) may hold the CPU: stop it"
         if "hypervisor" in _cpu_flags():
@@ -82,6 +86,34 @@ def ioctl(fd: int, number: int, argument: Any = 0, told: str = "") -> int:
         return answer
     except OSError as error:
         raise OSError(error.errno, f"{os.strerror(error.errno or 0)}: {told or hex(number)}") from None
+
+
+def kvm_run(fd: int, told: str) -> None:
+    """KVM_RUN, once. InterruptedError if a signal ends it, which is how the watchdog calls a vCPU back.
+
+    By libc, which has no opinion: `fcntl.ioctl` tries again after EINTR in newer Pythons (Modules/fcntlmodule.c:
+    fcntl_ioctl_impl(); that of 3.11.7 does not), and then nobody is called back."""
+    if _libc().ioctl(fd, ctypes.c_ulong(abi.KVM_RUN), 0) < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"{os.strerror(code)}: {told}")
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+NO_ROOM = {
+    errno.EMFILE: "this process has too many files open: close other VMs, or allow it more (ulimit -n)",
+    errno.ENFILE: "this machine has too many files open: close other programs, or allow it more (sysctl fs.file-max)",
+    errno.ENOMEM: "there is no memory for it: close other VMs, or allow more (ulimit -v, sysctl vm.overcommit_memory)",
+}
+
+
+def no_room(refusal: OSError) -> str:
+    """Why there is no room for a VM more, and what to do, as one sentence; "" if it was refused for another reason."""
+    advice = NO_ROOM.get(refusal.errno or 0)
+    return f"KVM can be used here, but makes no VM now ({os.strerror(refusal.errno or 0)}): {advice}." if advice else ""
 
 
 def capability(fd: int, number: int) -> int:

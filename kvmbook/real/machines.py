@@ -69,7 +69,7 @@ def live(asking: Callable[[RealVm], Ask] = asking) -> Machine:
 
 def _without_huge_pages(name: str, *arguments: Any) -> Said:
     says = f"{os.strerror(errno.EOPNOTSUPP)}: this host has no transparent huge pages"
-    return Said(name, list(arguments), "EOPNOTSUPP", says)
+    return Said(name, list(arguments), errno.errorcode[errno.EOPNOTSUPP], says)
 
 
 def without_local_name(offers: Offers) -> Offers:

@@ -21,6 +21,7 @@ KINDS = ("bitmap", "manual", "ring")  # manual: a bitmap, with manual protect fr
 SIZES = (1, 7, 63, 64, 64, 65, 128, 130, 300)
 FIRST, SPAN = 0x100, 0x200  # gfns that slots begin at
 LARGE_SIZES, LARGE_BASES = (513, 513, 600, 1100, 64, 300), (0x100, 0x1FF, 0x200, 0x3C1, 0x3FF, 0x400, 0x410)
+IDENTITY_MAP = 0xFFFBC  # arch/x86/kvm/vmx/vmx.c: init_rmode_identity_map(); VMX_EPT_IDENTITY_PAGETABLE_ADDR
 FAR = 0x8_0000  # gfns that no guest touches
 LOG, READONLY, LARGE = 1, 2, 512
 NARROWEST, WIDEST = 1 << 36, 1 << 52  # bytes of guest-physical addresses
@@ -53,6 +54,18 @@ def _asks_a_stale_entry(vm: ModelVm, call: Call) -> bool:
     return False
 
 
+def _meets_the_identity_map(vm: ModelVm, call: Call) -> bool:
+    if not (vm.hardware.tdp and vm.fmt.shadow_acc_track_mask):
+        return False
+    if call[0] == "run":
+        return any(gfn == IDENTITY_MAP for _, gfn in call[2])
+    if call[0] not in ("memory_region", "memory_region_at"):
+        return False
+    pages = PAGE_SIZE if call[0] == "memory_region_at" else 1
+    first, size = call[3] // pages, call[4] // pages
+    return bool(first <= IDENTITY_MAP < first + size)
+
+
 def _is_about_the_width(vm: ModelVm, call: Call) -> bool:
     if not vm.hardware.tdp or call[0] not in ("memory_region", "memory_region_at"):
         return False
@@ -74,6 +87,12 @@ DIFFERENCES = (
         "its ring too; a CPU may also have forgotten. The model's remembers, this machine's (kvm_pvm) does not. "
         "Without a ring nobody can tell: the page's bit is set already.",
         _asks_a_stale_entry,
+    ),
+    Difference(
+        "gfn 0xfffbc, with EPT",
+        "Where the CPU has no unrestricted guest, KVM keeps a page table there for guests that do not page, in a slot of its "
+        "own: a slot of user space is refused with EEXIST, and an access finds memory. The model's KVM has a newer CPU.",
+        _meets_the_identity_map,
     ),
     Difference(
         "how wide a guest-physical address is, with EPT or NPT",

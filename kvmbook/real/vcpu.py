@@ -5,14 +5,15 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from enum import Enum
 from typing import TypeVar
 
 from kvmbook.model import PAGE_SIZE
 from kvmbook.real import abi, guest
-from kvmbook.real.device import ioctl
+from kvmbook.real.device import ioctl, kvm_run
 from kvmbook.real.watchdog import let_through, watchdog
 
 MMIO_DATA = abi.kvm_run.mmio.offset + 8
@@ -84,6 +85,7 @@ class RealVcpu:
         """``fd``: from KVM_CREATE_VCPU. ``sizes``: of the shared page and of the dirty ring (or 0), in bytes. ``mailboxes``:
         the private memslot. ``reach`` refuses a gfn that the guest cannot touch."""
         self.number, self._fd, self._mailboxes, self._reach, self._limit = number, fd, mailboxes, reach, time_limit
+        self._busy, self._closed = threading.RLock(), False  # of a thread twice: a signal's handler may close the VM
         self._shared = mmap.mmap(fd, sizes[0])
         closing.callback(self._shared.close)
         self.dirty_ring: RealDirtyRing | None = None
@@ -113,23 +115,36 @@ class RealVcpu:
         """Do ("read" | "write" | "fetch", gfn) accesses in the guest, one after the other, without leaving it in between
         unless KVM makes it; return how each went. Behind a RING_FULL, none is tried.
 
-        ValueError for other accesses and for gfns the guest cannot reach, OSError for what KVM_RUN refuses, TimeoutError if
-        the guest does not come back."""
+        ValueError for other accesses and for gfns the guest cannot reach, OSError for what KVM_RUN refuses (EBADF: another
+        thread closes the VM), TimeoutError if the guest does not come back."""
         todo = []
-        for kind, gfn in accesses:
-            if kind not in guest.WHAT:
-                raise ValueError(f"an access is one of {', '.join(guest.WHAT)}; got {kind!r}")
-            self._reach(gfn)
-            todo.append((guest.WHAT[kind], gfn))
-        return by_mailbox(todo, self._mailbox)
+        with self._in_use():
+            for kind, gfn in accesses:
+                if kind not in guest.WHAT:
+                    raise ValueError(f"an access is one of {', '.join(guest.WHAT)}; got {kind!r}")
+                self._reach(gfn)
+                todo.append((guest.WHAT[kind], gfn))
+            return by_mailbox(todo, self._mailbox)
 
     def spin(self) -> None:
         """Never come back: the guest loops until the time is up. TimeoutError."""
-        self._mailbox([(guest.SPIN, 0)])
+        with self._in_use():
+            self._mailbox([(guest.SPIN, 0)])
 
-    def forget_fd(self) -> None:
-        """The file is closed: its number may soon be another's."""
-        self._fd = -1
+    @contextmanager
+    def _in_use(self) -> Iterator[None]:
+        """`close` waits for what is done in here. OSError EBADF if the VM is closed already."""
+        with self._busy:
+            if self._closed:
+                raise self._is_closed()
+            yield
+
+    def close(self) -> None:
+        """Have the vCPU leave the guest, whoever runs it, and never enter it again. Waits until it has left."""
+        self._closed = True
+        watchdog.call_back(self._shared)
+        with self._busy:
+            self._fd = -1  # this number may soon be another's
 
     def _mailbox(self, todo: list[tuple[int, int]]) -> list[Seen]:
         """Let the guest do what fits into its mailbox."""
@@ -148,23 +163,29 @@ class RealVcpu:
             if left.exit_reason != abi.KVM_EXIT_DIRTY_RING_FULL:
                 raise self._failed(left, todo[min(retired, len(todo) - 1)])
         except BaseException:
-            self._enter_user_mode()  # KVM on AMD takes a vCPU that shuts down back to real mode
-            self._restart()
+            if not self._closed:
+                self._enter_user_mode()  # KVM on AMD takes a vCPU that shuts down back to real mode
+                self._restart()
             raise
         self._restart()
         return seen[:retired] + [Seen.RING_FULL] * (len(todo) - retired)
 
     def _enter(self) -> abi.kvm_run:
-        """KVM_RUN, until the vCPU leaves for user space. TimeoutError if it does not."""
+        """KVM_RUN, until the vCPU leaves for user space. TimeoutError if it does not, OSError EBADF if the VM is closed."""
         with watchdog.watch(self._shared, self._limit) as guard:
-            while not guard.called_back:
+            while not guard.called_back and not self._closed:
                 try:
-                    ioctl(self._fd, abi.KVM_RUN, told=f"KVM_RUN of vCPU {self.number}")
-                except InterruptedError:  # a signal: ours, or one whose handler has run by now
+                    kvm_run(self._fd, told=f"KVM_RUN of vCPU {self.number}")
+                except InterruptedError:  # a signal: ours, or one whose handler runs now
                     continue
                 return abi.kvm_run.from_buffer_copy(self._shared)
+        if self._closed:
+            raise self._is_closed()
         why = f"vCPU {self.number} was in KVM_RUN for {self._limit:g} s and was called back"
         raise TimeoutError(errno.ETIMEDOUT, f"{os.strerror(errno.ETIMEDOUT)}: {why}")
+
+    def _is_closed(self) -> OSError:
+        return OSError(errno.EBADF, f"{os.strerror(errno.EBADF)}: KVM_RUN of vCPU {self.number}: the VM is closed")
 
     def _failed(self, left: abi.kvm_run, doing: tuple[int, int]) -> OSError:
         name = abi.EXIT_NAMES.get(left.exit_reason, f"exit reason {left.exit_reason}")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import threading
 import weakref
 from collections import Counter
 from contextlib import ExitStack, suppress
 from ctypes import addressof, c_char
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -55,6 +56,7 @@ class RealVm:
         if page_size not in PAGE_SIZES:
             raise ValueError(f"page_size is one of {', '.join(PAGE_SIZES)}; got {page_size!r}")
         self.vcpus_to_create, self.time_limit = vcpus, time_limit
+        self._lock = threading.RLock()  # what user space is to know of slots, and the ioctls that it is about
         self._slots: dict[int, MemoryRegion] = {}
         self._reached: set[int] = set()  # gfns that the guest may touch, with their page there, since slots changed
         self._vcpus: list[RealVcpu] = []
@@ -84,6 +86,11 @@ class RealVm:
         self._closing.callback(os.close, fd)
         return fd
 
+    def _ioctl(self, number: int, argument: Any = 0, told: str = "") -> int:
+        """One ioctl of the VM, which is not closed meanwhile."""
+        with self._lock:
+            return ioctl(self._fd, number, argument, told)
+
     def _map(self, size: int) -> tuple[mmap.mmap, int]:
         """Fresh memory of this process, and its address."""
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
@@ -97,12 +104,14 @@ class RealVm:
         self.close()
 
     def close(self) -> None:
-        """Give everything back: file descriptors and memory. A second time does nothing."""
-        self._finalizer()
-        self._kvm = self._fd = -1
-        self._statistics = {-1: None}
+        """Give everything back: file descriptors and memory. A second time does nothing. What other threads do with the VM
+        ends first: a vCPU that is in the guest is called back, and its `RealVcpu.run` refused, with OSError EBADF."""
+        with self._lock:
+            self._kvm = self._fd = -1
+            self._statistics = {-1: None}
         for vcpu in self._vcpus:
-            vcpu.forget_fd()
+            vcpu.close()
+        self._finalizer()
 
     def __repr__(self) -> str:
         return f"RealVm(vcpus={self.vcpus_to_create})"
@@ -110,18 +119,19 @@ class RealVm:
     @property
     def vcpu(self) -> list[RealVcpu]:
         """The vCPUs; created at the first touch (KVM_CREATE_VCPU)."""
-        if not self._vcpus:
-            cpuid = abi.kvm_cpuid2(nent=256)
-            ioctl(self._kvm, abi.KVM_GET_SUPPORTED_CPUID, cpuid, "KVM_GET_SUPPORTED_CPUID()")
-            sizes = ioctl(self._kvm, abi.KVM_GET_VCPU_MMAP_SIZE), self._dirty_ring_size
-            made = []
-            for number in range(self.vcpus_to_create):
-                fd = self._owned(ioctl(self._fd, abi.KVM_CREATE_VCPU, number, f"KVM_CREATE_VCPU({number})"))
-                ioctl(fd, abi.KVM_SET_CPUID2, cpuid, f"KVM_SET_CPUID2 of vCPU {number}")
-                made.append(RealVcpu(number, fd, sizes, self._private, self._reach, self.time_limit, self._closing))
-                self._statistics[fd] = None
-            self._vcpus = made
-        return self._vcpus
+        with self._lock:
+            if not self._vcpus:
+                cpuid = abi.kvm_cpuid2(nent=256)
+                ioctl(self._kvm, abi.KVM_GET_SUPPORTED_CPUID, cpuid, "KVM_GET_SUPPORTED_CPUID()")
+                sizes = ioctl(self._kvm, abi.KVM_GET_VCPU_MMAP_SIZE), self._dirty_ring_size
+                made = []
+                for number in range(self.vcpus_to_create):
+                    fd = self._owned(self._ioctl(abi.KVM_CREATE_VCPU, number, f"KVM_CREATE_VCPU({number})"))
+                    ioctl(fd, abi.KVM_SET_CPUID2, cpuid, f"KVM_SET_CPUID2 of vCPU {number}")
+                    made.append(RealVcpu(number, fd, sizes, self._private, self._reach, self.time_limit, self._closing))
+                    self._statistics[fd] = None
+                self._vcpus = made
+            return self._vcpus
 
     # ---- guest memory -----------------------------------------------------------------------------------------------
 
@@ -141,11 +151,12 @@ class RealVm:
         Others are passed on, but the guest is kept from touching what is not this VM's memory.
         OSError EINVAL, EEXIST or ENOMEM.
         """
-        if userspace_addr is None:
-            old = self._slots.get(slot)
-            userspace_addr = old.userspace_addr if old else self.user_base + base_gfn * PAGE_SIZE % MEMORY_SIZE
         flags = KVM_MEM_LOG_DIRTY_PAGES * log_dirty_pages | KVM_MEM_READONLY * readonly
-        self.kvm_set_user_memory_region(slot, flags, base_gfn << PAGE_SHIFT, npages << PAGE_SHIFT, userspace_addr)
+        with self._lock:
+            if userspace_addr is None:
+                old = self._slots.get(slot)
+                userspace_addr = old.userspace_addr if old else self.user_base + base_gfn * PAGE_SIZE % MEMORY_SIZE
+            self.kvm_set_user_memory_region(slot, flags, base_gfn << PAGE_SHIFT, npages << PAGE_SHIFT, userspace_addr)
 
     def kvm_set_user_memory_region(
         self, slot: int, flags: int, guest_phys_addr: int, memory_size: int, userspace_addr: int
@@ -154,23 +165,24 @@ class RealVm:
         if slot == self.own_slot:
             raise ValueError(f"slot {slot}, the last one, is the VM's own")
         region = MemoryRegion(slot, flags, guest_phys_addr, memory_size, userspace_addr)
-        self._set_region(region)
-        if memory_size:
-            self._slots[slot] = region
-        else:
-            del self._slots[slot]
-        self._reached.clear()
+        with self._lock:
+            self._set_region(region)
+            if memory_size:
+                self._slots[slot] = region
+            else:
+                del self._slots[slot]
+            self._reached.clear()
 
     def _set_region(self, region: MemoryRegion) -> None:
         for name, value in region._asdict().items():
             fits(name, value, 32 if name in ("slot", "flags") else 64)
         told = ", ".join(f"{name}={value:#x}" for name, value in region._asdict().items())
         argument = abi.kvm_userspace_memory_region(*region)
-        ioctl(self._fd, abi.KVM_SET_USER_MEMORY_REGION, argument, f"KVM_SET_USER_MEMORY_REGION({told})")
+        self._ioctl(abi.KVM_SET_USER_MEMORY_REGION, argument, f"KVM_SET_USER_MEMORY_REGION({told})")
 
     def hva(self, gfn: int) -> int | None:
         """The user address of ``gfn``, None where no slot has it."""
-        for region in self._slots.values():
+        for region in list(self._slots.values()):
             offset = (gfn << PAGE_SHIFT) - region.guest_phys_addr
             if region.slot >> 16 == 0 and 0 <= offset < region.memory_size:
                 return region.userspace_addr + offset
@@ -215,11 +227,12 @@ class RealVm:
 
     def get_dirty_log(self, slot: int = 0) -> np.ndarray:
         """KVM_GET_DIRTY_LOG. Returns a bool array, one per page of the slot. OSError ENXIO, EINVAL or ENOENT."""
-        region = self._slots.get(fits("slot", slot, 32))
-        npages = region.memory_size >> PAGE_SHIFT if region else 1
-        words = np.zeros(-(-npages // 64), np.uint64)
-        argument = abi.kvm_dirty_log(slot=slot, dirty_bitmap=words.ctypes.data)
-        ioctl(self._fd, abi.KVM_GET_DIRTY_LOG, argument, f"KVM_GET_DIRTY_LOG(slot={slot})")
+        with self._lock:  # KVM writes as many words as the slot has, and the slot must not grow meanwhile
+            region = self._slots.get(fits("slot", slot, 32))
+            npages = region.memory_size >> PAGE_SHIFT if region else 1
+            words = np.zeros(-(-npages // 64), np.uint64)
+            argument = abi.kvm_dirty_log(slot=slot, dirty_bitmap=words.ctypes.data)
+            self._ioctl(abi.KVM_GET_DIRTY_LOG, argument, f"KVM_GET_DIRTY_LOG(slot={slot})")
         return to_bits(words, npages)
 
     def clear_dirty_log(self, slot: int, first_page: int, num_pages: int, bitmap: np.ndarray) -> None:
@@ -230,7 +243,7 @@ class RealVm:
         words = to_words(bits)
         address = words.ctypes.data if bits.shape == (num_pages,) else 0  # where KVM finds no bitmap: EFAULT
         told = f"KVM_CLEAR_DIRTY_LOG(slot={slot}, first_page={first_page}, num_pages={num_pages})"
-        ioctl(self._fd, abi.KVM_CLEAR_DIRTY_LOG, abi.kvm_clear_dirty_log(slot, num_pages, first_page, address), told)
+        self._ioctl(abi.KVM_CLEAR_DIRTY_LOG, abi.kvm_clear_dirty_log(slot, num_pages, first_page, address), told)
 
     def enable_manual_dirty_log_protect(self, initially_set: bool = False) -> None:
         """KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: GET only reports, CLEAR re-arms; ``initially_set``: enabling sets all bits and
@@ -249,11 +262,11 @@ class RealVm:
     def _enable_cap(self, name: str, value: int) -> None:
         argument = abi.kvm_enable_cap(cap=getattr(abi, name))
         argument.args[0] = fits("argument", value, 64)
-        ioctl(self._fd, abi.KVM_ENABLE_CAP, argument, f"KVM_ENABLE_CAP({name}, {value:#x})")
+        self._ioctl(abi.KVM_ENABLE_CAP, argument, f"KVM_ENABLE_CAP({name}, {value:#x})")
 
     def reset_dirty_rings(self) -> int:
         """KVM_RESET_DIRTY_RINGS. Returns how many harvested entries were freed. OSError EINVAL without rings."""
-        return ioctl(self._fd, abi.KVM_RESET_DIRTY_RINGS, told="KVM_RESET_DIRTY_RINGS()")
+        return self._ioctl(abi.KVM_RESET_DIRTY_RINGS, told="KVM_RESET_DIRTY_RINGS()")
 
     # ---- what the host does, and what it counts ---------------------------------------------------------------------
 
@@ -282,12 +295,13 @@ class RealVm:
         guest's own pages are in it; and each stay in the guest ends with an MMIO exit, which counts in ``pf_taken``,
         ``pf_emulate`` and ``insn_emulation``. OSError ENOTTY before Linux v5.14."""
         total: Counter[str] = Counter()
-        for fd, statistics in self._statistics.items():
-            if statistics is None:
-                self._statistics[fd] = statistics = Statistics(fd)
-                self._owned(statistics.fd)
-            for name, value in statistics.read().items():
-                total[name] += value
+        with self._lock:
+            for fd, statistics in self._statistics.items():
+                if statistics is None:
+                    self._statistics[fd] = statistics = Statistics(fd)
+                    self._owned(statistics.fd)
+                for name, value in statistics.read().items():
+                    total[name] += value
         return dict(total)
 
     @property

@@ -22,7 +22,7 @@ IMMEDIATE_EXIT = abi.kvm_run.immediate_exit.offset
 
 
 class Guard:
-    """One stay in the guest, of the thread that made it. ``called_back``: the time was up."""
+    """One stay in the guest, of the thread that made it. ``called_back``: the time was up, or the VM is to be closed."""
 
     def __init__(self, shared: mmap, seconds: float) -> None:
         self.shared, self.deadline = shared, time.monotonic() + seconds
@@ -40,7 +40,7 @@ class Watchdog:
     """The stays of this process, and the thread that looks after them while there are any."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # of a thread twice: a signal's handler may close its VM
         self._stays: set[Guard] = set()
         self._thread: threading.Thread | None = None
 
@@ -64,6 +64,13 @@ class Watchdog:
                     shared[IMMEDIATE_EXIT] = 0
                 signal.sigtimedwait({signal.SIGURG}, 0)
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+    def call_back(self, shared: mmap) -> None:
+        """Call back who stays with this page now."""
+        with self._lock:
+            for guard in self._stays:
+                if guard.shared is shared:
+                    guard.call_back()
 
     def _look(self) -> None:
         while True:

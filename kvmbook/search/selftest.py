@@ -105,7 +105,8 @@ def _without_what_is_not_needed(text: str, needs: set[str]) -> str:
 
 def _head(script: Script, form: str) -> str:
     lost = ", ".join(map(str, script.lost))
-    lines = [script.title, "", *script.steps, ""]
+    title = script.title.replace("*/", "* /").replace("/*", "/ *")  # neither ends the comment nor begins another
+    lines = [*title.splitlines(), "", *script.steps, ""]
     lines.append(
         f"kvmbook's model loses what is written to page {lost}." if lost else "kvmbook's model loses no write."
     )

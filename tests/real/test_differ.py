@@ -1,5 +1,6 @@
 """The differential's parts, without KVM: the model stands in for the machine, once as it is and once with a rule broken."""
 
+import errno
 import io
 import pathlib
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 
 from kvmbook import FlushPolicy
 from kvmbook.model import Hardware
-from kvmbook.real import ModelVm, Offers, as_hardware, as_kernel, differ, perform, sequences
+from kvmbook.real import ModelVm, Offers, Seen, as_hardware, as_kernel, differ, guest, perform, sequences
 from kvmbook.real.__main__ import main
 from kvmbook.real.calls import CALLS
 from kvmbook.real.differ import Tally, access_by_access, minimise
@@ -123,7 +124,7 @@ def test_a_stale_entry_that_forbids_a_write_gives_a_second_ring_entry_or_not():
 
 
 def test_the_width_of_addresses_is_asked_without_tdp_only():
-    difference, shadow = DIFFERENCES[2], ModelVm.of(MACHINE)
+    difference, shadow = DIFFERENCES[3], ModelVm.of(MACHINE)
     ept = ModelVm.of(replace(MACHINE, paging="EPT", tdp_mmu=True))
     in_pages, in_bytes = ("memory_region", 0, 0, (1 << 40) - 64, 64, 0), ("memory_region_at", 0, 0, 1 << 46, 4096, 0)
     low = ("memory_region", 0, 0, 0x100, 64, 0x100)
@@ -197,6 +198,69 @@ def test_what_does_not_come_again_is_told_apart(monkeypatch, stands_in, capsys):
     assert main(["differ", "--sequences", "100"]) == 0
     printed = capsys.readouterr().out
     assert "# did not come again: seed" in printed and ": 0 differences" in printed and "besides, 1" in printed
+
+
+def test_a_guest_that_hangs_is_told_and_not_tried_again(stands_in, capsys):
+    """Nor are those after it: who knows in what state the host is."""
+    made = []
+
+    class Hanging(Broken):
+        def __init__(self, vcpus, page_size):
+            super().__init__(vcpus, page_size)
+            made.append(self)
+
+        @property
+        def vcpu(self):
+            raise TimeoutError(errno.ETIMEDOUT, "vCPU 0 was called back")
+
+    stands_in(Hanging)
+    assert main(["differ", "--sequences", "50"]) == 1
+    printed = capsys.readouterr().out
+    assert len(made) == 1 and "In the last call the guest hangs. It was not tried again" in printed
+    assert "1 sequences" in printed and "1 differences" in printed and "ended, as a guest has hung" in printed
+
+
+def test_a_guest_that_hangs_while_a_difference_is_made_small_ends_that(stands_in, capsys):
+    made = []
+
+    class HangsLater(Broken):
+        def __init__(self, vcpus, page_size):
+            super().__init__(vcpus, page_size)
+            made.append(self)
+
+        def get_dirty_log(self, slot):
+            if len(made) > 150 and found:
+                raise TimeoutError(errno.ETIMEDOUT, "vCPU 0 was called back")
+            return self.vm.get_dirty_log(slot)
+
+    found = []
+    stands_in(HangsLater)
+    tally = differ.differ(range(150), 25, MACHINE, lambda tally: found.extend(tally.found))
+    assert tally.found[-1].hangs and not any(one.hangs for one in tally.found[:-1])
+    assert tally.found[-1].calls[-1][0] == "get_dirty_log" and str(tally).endswith("ended, as a guest has hung")
+
+
+def test_what_kvm_keeps_for_itself_on_intel_is_not_asked_about():
+    difference, shadow = DIFFERENCES[2], ModelVm.of(MACHINE)
+    ept, npt = (ModelVm.of(replace(MACHINE, paging=paging, tdp_mmu=True)) for paging in ("EPT", "NPT"))
+    meets = [
+        ("run", 0, [["read", 0x100], ["read", 0xFFFBC]]),
+        ("memory_region", 0, 0, 0xFFFB0, 64, 0),
+        ("memory_region_at", 0, 0, 0xFFFBC000, 4096, 0),
+    ]
+    assert "0xfffbc" in difference.name and all(difference.meets(ept, call) for call in meets)
+    assert not any(difference.meets(vm, call) for vm in (npt, shadow) for call in meets)
+    for call in (("run", 0, [["read", 0xFFFBD]]), ("memory_region", 0, 0, 0xFFFBD, 64, 0), ("get_dirty_log", 0xFFFBC)):
+        assert not difference.meets(ept, call)
+
+
+def test_a_write_that_no_mailbox_took_is_not_counted():
+    """As on a real vCPU: behind a full ring, what is in the same mailbox is, what would be in the next is not."""
+    vm = ModelVm.of(MACHINE)
+    perform(vm, "enable_dirty_ring", 4096)
+    perform(vm, "memory_region", 0, 1, 0x100, 512, 0x100)
+    seen = vm.vcpu[0].run([("write", 0x100 + page % 512) for page in range(guest.RECORDS + 10)])
+    assert len(seen) == guest.RECORDS + 10 and seen[-1] is Seen.RING_FULL and vm.vcpu[0].value == guest.RECORDS
 
 
 def test_minimising_leaves_what_is_needed_and_nothing_else():

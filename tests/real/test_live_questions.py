@@ -1,43 +1,22 @@
 """On this machine's KVM, when asked (KVMBOOK_KVM=1): chapter 15's questions, in a process that has a time limit."""
 
 import json
-import os
-import pathlib
 import re
-import subprocess
 import sys
 
 import pytest
+from live_kvm import ROOT, in_time, usable_machine, when_asked
 
-from kvmbook.real import NoKvm, live, recorded
+from kvmbook.real import live, recorded
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("KVMBOOK_KVM") != "1", reason="runs guests on this machine: KVMBOOK_KVM=1"
-)
-ROOT = pathlib.Path(__file__).parents[2]
-LIMIT = 120  # seconds
-
-
+pytestmark = when_asked
 CHAPTER = ROOT / "notebooks/15-on-a-real-kernel.ipynb"
-
-
-def in_time(*command):
-    """What a process says that has a time limit, and its exit code."""
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        said, _ = process.communicate(timeout=LIMIT)
-    except subprocess.TimeoutExpired:
-        process.kill()  # and not waited for: it may be beyond reach
-        pytest.fail(f"not back after {LIMIT} s")
-    return said, process.returncode
 
 
 @pytest.fixture(scope="module")
 def offers():
-    try:
-        return live().offers
-    except NoKvm as refusal:
-        pytest.skip(str(refusal))
+    usable_machine()
+    return live().offers
 
 
 def test_this_machine_agrees_with_its_model_and_says_what_was_recorded_of_it(offers, tmp_path):

@@ -1,6 +1,9 @@
 """A recording answers as the machine did; the model, asked from outside, shows what user space sees and no more."""
 
 import errno
+import json
+import os
+import pathlib
 from dataclasses import replace
 
 import pytest
@@ -11,18 +14,25 @@ from kvmbook.real import (
     ModelVm,
     Outside,
     RealVm,
+    Said,
     Seen,
+    as_hardware,
+    as_kernel,
     ask_all,
     asking,
     calls,
     clear_reports,
+    live,
+    machines,
     questions,
     record,
     recorded,
+    refusal,
     ring_reports,
 )
 from kvmbook.real.__main__ import main
-from kvmbook.real.machines import NotRecorded, without_local_name
+from kvmbook.real.machines import NotRecorded, Recording, without_local_name
+from kvmbook.views import Table
 
 MACHINE = recorded()
 MODEL = MACHINE.model()
@@ -138,3 +148,74 @@ def test_the_command_is_there(capsys):
     with pytest.raises(SystemExit):
         main(["ask", "--help"])
     assert "chapter 15" in capsys.readouterr().out
+
+
+# ---- machines that refuse --------------------------------------------------------------------------------------------
+
+
+def refusing(name, *arguments):
+    return Said(name, list(arguments), "ENOTTY", "Inappropriate ioctl for device: not here")
+
+
+REFUSES = replace(MACHINE, make=lambda vcpus, page_size: Outside(refusing, vcpus=vcpus))
+CHAPTER = pathlib.Path(__file__).parents[2] / "notebooks/15-on-a-real-kernel.ipynb"
+
+
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_a_refusal_is_an_answer_with_as_many_parts_and_says_why(name, case):
+    refused, answer = QUESTIONS[name].asked(case, REFUSES), QUESTIONS[name].asked(case, MODEL)
+    assert refusal(refused) == "ENOTTY" and refusal(refused).says.endswith("not here") and refusal(answer) is None
+    if isinstance(answer, tuple):
+        assert refused == ("ENOTTY",) * len(answer)
+
+
+@pytest.mark.parametrize(
+    "asks", ['QUESTIONS["who asks"]', 'QUESTIONS["CLEAR"]', 'QUESTIONS["enabling"]', '("read", "neighbour")']
+)
+def test_the_chapters_cells_show_what_a_machine_refuses(asks):
+    """They are run as they stand, on a machine that refuses every call."""
+    cells = [
+        "".join(cell["source"]) for cell in json.loads(CHAPTER.read_text())["cells"] if cell["cell_type"] == "code"
+    ]
+    (cell,) = [cell for cell in cells if asks in cell]
+    known = {"machine": REFUSES, "model": MODEL, "offers": MACHINE.offers, "Kernel": Kernel, "Table": Table}
+    exec(cell, names := known | {"QUESTIONS": QUESTIONS, "as_kernel": as_kernel})
+    assert any("ENOTTY" in row for row in names["rows"]) and "ENOTTY" in repr(
+        Table(["?"] * len(names["rows"][0]), names["rows"])
+    )
+
+
+def test_the_command_says_why_a_question_cannot_be_tried(monkeypatch, capsys):
+    monkeypatch.setattr(questions, "live", lambda: REFUSES)
+    assert main(["ask"]) == 0
+    assert "cannot be tried here: Inappropriate ioctl for device: not here" in capsys.readouterr().out
+
+
+def test_a_host_without_huge_pages_is_not_asked_about_them(monkeypatch):
+    """It would answer another question, and seem to differ."""
+    monkeypatch.setattr(machines, "ask_machine", lambda: replace(MACHINE.offers, huge_pages=False))
+    answer = QUESTIONS["CLEAR"].asked("3ff and 400", live())
+    assert answer == ("ENOTSUP",) * 2 and "no transparent huge pages" in refusal(answer).says
+
+
+class Uncounted(ModelVm):
+    """In the place of a KVM before v5.14."""
+
+    def __init__(self, vcpus, page_size):
+        super().__init__(as_hardware(MACHINE.offers), as_kernel(MACHINE.offers), vcpus, page_size=page_size)
+
+    def close(self):
+        pass
+
+    @property
+    def counters(self):
+        raise OSError(errno.ENOTTY, os.strerror(errno.ENOTTY))
+
+
+def test_a_machine_without_counters_can_be_recorded(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(machines, "RealVm", Uncounted)
+    monkeypatch.setattr(machines, "ask_machine", lambda: replace(MACHINE.offers, statistics=False))
+    assert main(["record", str(tmp_path / "old.json"), "--calls", "30"]) == 0
+    (session,) = Recording.load(tmp_path / "old.json").sessions
+    assert len(session.said) == 30 and not any(said.counters for said in session.said)
+    assert "the model agrees with 30" in capsys.readouterr().out

@@ -1,13 +1,16 @@
 """No KVM here: one sentence that says why and what to do, for each reason, and never a stack trace."""
 
+import ctypes
 import errno
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 
-from kvmbook.real import NoKvm, RealVm, abi, device
+from kvmbook.model import MemoryRegion
+from kvmbook.real import NoKvm, RealVm, abi, device, vm
 from kvmbook.real.__main__ import main
 
 
@@ -112,6 +115,69 @@ def test_a_hypervisor_that_refuses(monkeypatch, x86, sentence, tmp_path, flags, 
     monkeypatch.setattr(device, "CPUINFO", tmp_path / "cpuinfo")
     answers(monkeypatch, KVM_GET_API_VERSION=12, KVM_CREATE_VM=OSError(errno.ENODEV, "No such device"))
     assert advice in sentence()
+
+
+@pytest.mark.parametrize(
+    "code, advice", [(errno.EMFILE, "ulimit -n"), (errno.ENFILE, "file-max"), (errno.ENOMEM, "memory")]
+)
+@pytest.mark.parametrize("where", ["open", "create"])
+@pytest.mark.parametrize("command", ["offers", "ask", "differ"])
+def test_no_room_for_a_vm_more_is_one_sentence_in_the_command(monkeypatch, x86, capsys, code, advice, where, command):
+    """Not `NoKvm`: the machine has one."""
+    if where == "open":
+        cannot_open(monkeypatch, code)
+    else:
+        answers(monkeypatch, KVM_GET_API_VERSION=12, KVM_CREATE_VM=OSError(code, os.strerror(code)))
+    with pytest.raises(OSError) as refusal:
+        RealVm()
+    assert refusal.value.errno == code and not isinstance(refusal.value, NoKvm)
+    assert main([command]) == 1
+    said = capsys.readouterr().err
+    assert advice in said and os.strerror(code) in said and said.count("\n") == 1 and said.endswith(".\n")
+
+
+def test_a_signal_ends_kvm_run_whatever_python_makes_of_eintr(monkeypatch):
+    """`fcntl.ioctl` tries again, in newer Pythons; so KVM_RUN does not go through it."""
+    calls = []
+
+    class Libc:
+        def ioctl(self, *arguments):
+            calls.append(arguments)
+            ctypes.set_errno(errno.EINTR)
+            return -1
+
+    monkeypatch.setattr(device, "_libc", Libc)
+    monkeypatch.setattr(device.fcntl, "ioctl", lambda *_: pytest.fail("not by fcntl"))
+    with pytest.raises(InterruptedError, match="KVM_RUN of vCPU 0"):
+        device.kvm_run(5, "KVM_RUN of vCPU 0")
+    assert len(calls) == 1
+    monkeypatch.undo()
+    with open(os.devnull) as null, pytest.raises(OSError) as refusal:
+        device.kvm_run(null.fileno(), "KVM_RUN")
+    assert refusal.value.errno == errno.ENOTTY
+
+
+def test_a_slot_does_not_grow_while_its_log_is_read(monkeypatch):
+    """KVM writes as many words as the slot has, into an array made for those that it had."""
+    machine = RealVm.__new__(RealVm)
+    machine._lock, machine._fd, machine.own_slot, machine._reached = threading.RLock(), 5, 32763, set()
+    machine._slots = {0: MemoryRegion(0, 1, 0, 64 << 12, 0)}
+    order, others = [], []
+
+    def ioctl(fd, number, argument, told):
+        order.append(told.split("(")[0])
+        if number == abi.KVM_GET_DIRTY_LOG:
+            grows = threading.Thread(target=machine.kvm_set_user_memory_region, args=(0, 1, 0, 1 << 30, 0))
+            others.append(grows)
+            grows.start()
+            grows.join(0.2)
+            order.append("read")
+        return 0
+
+    monkeypatch.setattr(vm, "ioctl", ioctl)
+    assert len(machine.get_dirty_log(0)) == 64
+    others[0].join()
+    assert order == ["KVM_GET_DIRTY_LOG", "read", "KVM_SET_USER_MEMORY_REGION"]
 
 
 def test_a_signal_while_the_vm_is_made_is_no_refusal(monkeypatch):

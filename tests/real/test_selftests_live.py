@@ -5,38 +5,31 @@ import shutil
 import subprocess
 
 import pytest
+from live_kvm import ASKED, in_time, usable_machine, when_asked
 from made_programs import LOST, programs
 
-from kvmbook.real import CLAIMS, NoKvm, ask_machine
+from kvmbook.real import CLAIMS
 from kvmbook.search import c_program
 
 pytestmark = [
-    pytest.mark.skipif(os.environ.get("KVMBOOK_KVM") != "1", reason="runs guests on this machine: KVMBOOK_KVM=1"),
+    when_asked,
     pytest.mark.skipif(not shutil.which("gcc"), reason="needs gcc"),
 ]
-MADE = programs() if os.environ.get("KVMBOOK_KVM") == "1" else {"none": None}
+MADE = programs() if ASKED else {"none": None}
 LIMIT = 90  # seconds; the program itself ends after 60
 
 
 @pytest.fixture(scope="module")
 def machine():
-    try:
-        return ask_machine()
-    except NoKvm as refusal:
-        pytest.skip(str(refusal))
+    return usable_machine()
 
 
 def compiled_and_run(text, folder):
     (folder / "run.c").write_text(text)
     command = ["gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread", "run.c", "-o", "run"]
     subprocess.run(command, cwd=folder, check=True)
-    process = subprocess.Popen(["./run"], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        said, _ = process.communicate(timeout=LIMIT)
-    except subprocess.TimeoutExpired:
-        process.kill()  # and not waited for: it may be beyond reach
-        pytest.fail(f"not back after {LIMIT} s")
-    return process.returncode, said
+    said, code = in_time("./run", cwd=folder, limit=LIMIT)
+    return code, said
 
 
 @pytest.mark.parametrize("made", MADE)

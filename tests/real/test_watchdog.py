@@ -33,3 +33,13 @@ def test_a_page_that_another_thread_closes_does_not_take_the_watchdog_with_it():
     with watchdog.watch(other, 0.1) as guard:
         assert called_back(guard)
     assert not signal.sigpending()
+
+
+def test_who_stays_with_a_page_can_be_called_back_before_the_time_is_up():
+    """As `RealVm.close` does; a stay with another page goes on."""
+    watchdog, shared, other = Watchdog(), mmap.mmap(-1, 4096), mmap.mmap(-1, 4096)
+    with watchdog.watch(other, 60) as stays, watchdog.watch(shared, 60) as guard:
+        watchdog.call_back(shared)
+        assert called_back(guard) and shared[IMMEDIATE_EXIT] == 1
+        assert not stays.called_back and other[IMMEDIATE_EXIT] == 0
+    assert not signal.sigpending()

@@ -167,6 +167,16 @@ def test_gcc_has_nothing_to_say(made, form, gcc, tmp_path):
     assert done.returncode == 0 and not done.stderr, done.stderr
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_title_may_say_anything_and_the_comment_ends_where_it_ends(form, gcc, tmp_path):
+    recorder = Recorder(Vm(NO_AD, Kernel.v5_19), title="half */ a /* comment\nand #error a second line")
+    recorder.set_user_memory_region(slot=0, base_gfn=0x200, npages=4)
+    recorder.vcpu[0].write(0x200)
+    (tmp_path / "run.c").write_text(recorder.to_selftest(form))
+    with_stubs = [f"-I{STUBS}"] if form == "kselftest" else []
+    subprocess.run([gcc, "-O1", *WARNINGS, "run.c", *with_stubs, "-c", "-o", "run.o"], cwd=tmp_path, check=True)
+
+
 def test_those_who_are_to_meet_are_on_cpus_of_their_own(gcc, tmp_path):
     text = c_program(MADE["fault_across_enabling"].script)
     says = 'stay_on_cpu(who);\n\tprintf("on CPU %d\\n", sched_getcpu());\n'
