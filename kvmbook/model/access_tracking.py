@@ -21,7 +21,7 @@ def kvm_unmap_gfn_range(m: Machine, ranges: list[tuple[int, int]]) -> bool:
     leaves = [leaf for start, end in ranges for leaf in m.page_tables.every_leaf(start, end)]
     for sptep, _, _, spte in leaves:
         m.tell_host(spte, 0)
-        m.page_tables.write(sptep, 0)
+        m.page_tables.zap(sptep)
     return bool(leaves)
 
 

@@ -18,7 +18,7 @@ from kvmbook.model.huge_pages import kvm_mmu_max_mapping_level
 from kvmbook.model.machine import Machine, VcpuState, step
 from kvmbook.model.memslots import MemorySlot
 from kvmbook.model.page_tables import Found, Root, Sptep
-from kvmbook.model.spte import ACCESSES, PG_LEVEL_4K, PT_WRITABLE_MASK, REMOVED_SPTE, Made, pages_per_level
+from kvmbook.model.spte import ACCESSES, PG_LEVEL_4K, PT_WRITABLE_MASK, Made, pages_per_level
 from kvmbook.model.tlb import TlbEntry
 
 PTE_PREFETCH_NUM = 8
@@ -186,7 +186,7 @@ class PageFault(GuestAccess):
             self._over(m, Outcome.FAST_FAULT)
             return "spurious"
         if not fmt.kvm_ad_enabled and fmt.is_access_track_spte(old):
-            self.new_spte = fmt.restore_acc_track_spte(old)
+            self.new_spte = fmt.restore_acc_track_spte(old) | fmt.shadow_accessed_mask  # no bit, before v6.13
         asks = m.kernel.fast_path_asks_mmu_writable
         if self.kind == "write" and (fmt.is_mmu_writable_spte(old) or not asks):
             if found.level > PG_LEVEL_4K and self.slot is not None and self.slot.logs_dirty:
@@ -304,7 +304,7 @@ class PageFault(GuestAccess):
             m.page_tables.split(self.sptep, m.nx_huge_pages)
             self.todo = ["make_spte"]
             return "a larger page is split"
-        m.page_tables.write(self.sptep, REMOVED_SPTE if self.root.tdp_mmu else 0)
+        m.page_tables.write(self.sptep, m.fmt.removed_spte if self.root.tdp_mmu else m.fmt.shadow_nonpresent_value)
         m.kvm_flush_remote_tlbs()
         self.todo = ["unfreeze", "make_spte"] if self.root.tdp_mmu else ["make_spte"]
         return "a larger page is zapped"
@@ -315,7 +315,7 @@ class PageFault(GuestAccess):
         assert self.sptep is not None
         if self._table_is_gone(m):
             return "the table was removed meanwhile"
-        m.page_tables.write(self.sptep, 0)
+        m.page_tables.zap(self.sptep)
         return None
 
     @step(lock="fault")
@@ -348,7 +348,10 @@ class PageFault(GuestAccess):
         table, first = m.page_tables.tables[self.sptep.table], self.sptep.entry & -PTE_PREFETCH_NUM
         if self.root.ad_disabled or not table.direct or table.level > PG_LEVEL_4K or m.invalidating:
             return
-        for mapped, run in groupby(range(first, first + PTE_PREFETCH_NUM), lambda entry: bool(table.sptes[entry])):
+        for mapped, run in groupby(
+            range(first, first + PTE_PREFETCH_NUM),
+            lambda entry: int(table.sptes[entry]) != m.fmt.shadow_nonpresent_value,
+        ):
             gfns = [table.gfn(entry) for entry in run]
             slot = m.memslots.gfn_to_memslot(gfns[0])
             if mapped:

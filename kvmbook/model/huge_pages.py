@@ -52,7 +52,7 @@ def zap_collapsible_rmap_sptes(m: Machine, slot: MemorySlot) -> bool:
         for index in leaves.tolist() if table.direct else ():
             if table.level < kvm_mmu_max_mapping_level(m, slot, table.gfn(index)):
                 m.tell_host(int(table.sptes[index]), 0)
-                table.sptes[index] = 0
+                m.page_tables.zap(Sptep(table.pfn, index))
                 dropped = True
     return dropped
 

@@ -13,7 +13,7 @@ from itertools import chain
 from typing import Any, ClassVar, Protocol
 
 from kvmbook.model.spte import SpteFormat
-from kvmbook.model.spte_rules import AsksForAllRoots
+from kvmbook.model.spte_rules import AsksForAllRoots, AtomicTypeOne, SoftwareAd, SuppressVe
 from kvmbook.model.switches import Difference, Switch, number, switch, switches_of, values_in
 
 
@@ -67,7 +67,12 @@ class Kernel:
     """enabling dirty logging flushes once, whatever its passes met; before, if a pass was told to. arch/x86/kvm/x86.c:
     kvm_mmu_slot_apply_flags()."""
     spte_rules: type[SpteFormat] = switch(
-        SpteFormat, v6_4=(AsksForAllRoots, "5982a5392663"), v6_9=(SpteFormat, "2673dfb591a3")
+        SpteFormat,
+        v6_4=(AsksForAllRoots, "5982a5392663"),
+        v6_9=(SpteFormat, "2673dfb591a3"),
+        v6_10=(SuppressVe, "7fa5e2929198"),
+        v6_13=(SoftwareAd, "7971801b5618"),
+        v6_15=(AtomicTypeOne, "928c54b1c4ca"),
     )
     """the helpers of one SPTE are the methods of this class. arch/x86/kvm/mmu."""
     clear_flush_young_flushes: bool = switch(True, v6_13=(False, "2ebbe0308c29, b9883ee40d7e"))
@@ -124,8 +129,10 @@ class Kernel:
     v6_4: ClassVar[Kernel]
     v6_8: ClassVar[Kernel]
     v6_9: ClassVar[Kernel]
+    v6_10: ClassVar[Kernel]
     v6_13: ClassVar[Kernel]
     v6_14: ClassVar[Kernel]
+    v6_15: ClassVar[Kernel]
     v6_18: ClassVar[Kernel]
 
     @classmethod
@@ -153,7 +160,7 @@ class Kernel:
 
     def spte_format(self, fmt: SpteFormat) -> SpteFormat:
         """This release's helpers over the masks of ``fmt``."""
-        return self.spte_rules.of(fmt)
+        return self.spte_rules.with_masks(fmt)
 
 
 NAMES = [name.replace("_", ".") for name in Kernel.__annotations__ if name.startswith("v")]

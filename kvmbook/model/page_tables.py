@@ -19,7 +19,7 @@ from kvmbook.model.spte import (
     PAGE_SHIFT,
     PG_LEVEL_1G,
     PG_LEVEL_4K,
-    REMOVED_SPTE,
+    SPTE_MMU_PRESENT_MASK,
     SPTES_PER_TABLE,
     SpteFormat,
     pages_per_level,
@@ -57,7 +57,7 @@ class PageTable:
     root: Root
     level: int
     base_gfn: int
-    sptes: np.ndarray = field(default_factory=lambda: np.zeros(SPTES_PER_TABLE, np.uint64))
+    sptes: np.ndarray
 
     @property
     def direct(self) -> bool:
@@ -71,9 +71,9 @@ class PageTable:
         return self.base_gfn + index * pages_per_level(self.level)
 
     def mapped(self, start: int, end: int) -> np.ndarray:
-        """The indices of what is not 0, from the entry that covers ``start`` to the last that begins before ``end``."""
+        """The indices of what is present, from the entry that covers ``start`` to the last that begins before ``end``."""
         first, last = max(self.index(start), 0), -(-(end - self.base_gfn) // pages_per_level(self.level))
-        return first + np.flatnonzero(self.sptes[first : max(last, 0)])
+        return first + np.flatnonzero(self.sptes[first : max(last, 0)] & np.uint64(SPTE_MMU_PRESENT_MASK))
 
 
 class Sptep(NamedTuple):
@@ -110,6 +110,10 @@ class PageTables:
     def write(self, sptep: Sptep, spte: int) -> None:
         self.tables[sptep.table].sptes[sptep.entry] = spte
 
+    def zap(self, sptep: Sptep) -> None:
+        """Let the entry map nothing."""
+        self.write(sptep, self.fmt.shadow_nonpresent_value)
+
     def _maps_page(self, spte: int, level: int) -> bool:
         return self.fmt.is_shadow_present_pte(spte) and self.fmt.is_last_spte(spte, level)
 
@@ -142,10 +146,11 @@ class PageTables:
             self.shadow_root_allocated |= not root.tdp_mmu
         found = self.walk(root, gfn)
         assert found is not None
-        while found.level > level and found.spte == 0:
+        empty = self.fmt.shadow_nonpresent_value
+        while found.level > level and found.spte == empty:
             child = self._new_table(root, found.level - 1, gfn & -pages_per_level(found.level))
             self.link(found.sptep, child)
-            found = Found(Sptep(child, self.tables[child].index(gfn)), found.level - 1, 0)
+            found = Found(Sptep(child, self.tables[child].index(gfn)), found.level - 1, empty)
         return found
 
     def link(self, sptep: Sptep, child: int) -> None:
@@ -155,7 +160,8 @@ class PageTables:
     def _new_table(self, root: Root, level: int, base_gfn: int) -> int:
         pfn = self.next_pfn
         self.next_pfn += 1
-        self.tables[pfn] = PageTable(pfn, root, level, base_gfn)
+        sptes = np.full(SPTES_PER_TABLE, self.fmt.shadow_nonpresent_value, np.uint64)
+        self.tables[pfn] = PageTable(pfn, root, level, base_gfn, sptes)
         return pfn
 
     # ---- whole tables -----------------------------------------------------------------------------------------------
@@ -170,23 +176,23 @@ class PageTables:
         self.link(sptep, child)
 
     def unlink(self, sptep: Sptep) -> tuple[list[int], list[int]]:
-        """Cut the entry off (0) and freeze all that hangs below it. Returns the frames of the tables to free after a flush
+        """Cut the entry off and freeze all that hangs below it. Returns the frames of the tables to free after a flush
         (until then a CPU may still walk through them), and the leaves that went.
         Source: mmu/tdp_mmu.c: handle_removed_pt(), v5.19."""
         spte, level = self.read(sptep), self.tables[sptep.table].level
-        self.write(sptep, 0)
+        self.zap(sptep)
         if not self.fmt.is_shadow_present_pte(spte):
             return [], []
         if self.fmt.is_last_spte(spte, level):
             return [], [spte]
         child = self.fmt.spte_to_pfn(spte)
         freed, dropped = [child], []
-        for index in np.flatnonzero(self.tables[child].sptes):
+        for index in np.flatnonzero(self.tables[child].sptes != self.fmt.shadow_nonpresent_value):
             below = self.unlink(Sptep(child, int(index)))
             freed += below[0]
             dropped += below[1]
         if self.tables[child].root.tdp_mmu:
-            self.tables[child].sptes[:] = REMOVED_SPTE
+            self.tables[child].sptes[:] = self.fmt.removed_spte
         return freed, dropped
 
     def free(self, frames: list[int]) -> None:

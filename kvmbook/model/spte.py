@@ -9,7 +9,7 @@ Names are the kernel's. Sources are files below ``arch/x86/kvm/mmu`` of Linux v5
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from kvmbook.model.arrays import ALL_BITS, SPTE_BASE_ADDR_MASK
 
@@ -110,25 +110,26 @@ class SpteFormat:
     shadow_memtype_mask: int = 0
     shadow_mmio_value: int = 1 << 51 | READ_MASK
     shadow_mmio_mask: int = 1 << 51 | READ_MASK
+    shadow_nonpresent_value: int = 0  # what an entry is that maps nothing
 
     # ---- the formats ------------------------------------------------------------------------------------------------
 
     @classmethod
-    def of(cls, fmt: SpteFormat) -> SpteFormat:
-        """These helpers over the masks of ``fmt``, with what their release made of them."""
+    def with_masks(cls, fmt: SpteFormat) -> Self:
+        """These helpers over the masks of ``fmt``, and what their release made of them."""
         return cls(**{field.name: getattr(fmt, field.name) for field in fields(SpteFormat)})
 
     @classmethod
     def npt(cls) -> SpteFormat:
         """Return AMD's nested paging format, which always has A and D bits.
         Source: mmu/spte.c: kvm_mmu_reset_all_pte_masks(), v5.19."""
-        return cls.of(SpteFormat("NPT"))
+        return cls.with_masks(SpteFormat("NPT"))
 
     @classmethod
     def shadow(cls) -> SpteFormat:
         """Return the format of shadow paging: the guest's own x86-64 format.
         Source: mmu/spte.c: kvm_mmu_reset_all_pte_masks(), v5.19."""
-        return cls.of(SpteFormat("shadow paging"))
+        return cls.with_masks(SpteFormat("shadow paging"))
 
     @classmethod
     def ept(cls, ad_bits: bool = True, exec_only: bool = True) -> SpteFormat:
@@ -149,7 +150,7 @@ class SpteFormat:
             shadow_mmio_value=0b110,
             shadow_mmio_mask=0b111,
         )
-        return cls.of(masks)
+        return cls.with_masks(masks)
 
     # ---- predicates -------------------------------------------------------------------------------------------------
 
@@ -164,7 +165,12 @@ class SpteFormat:
 
     def is_removed_spte(self, spte: int) -> bool:
         """Whether the TDP MMU has frozen the entry. Source: mmu/spte.h, v5.19."""
-        return spte == REMOVED_SPTE
+        return spte == self.removed_spte
+
+    @property
+    def removed_spte(self) -> int:
+        """What the TDP MMU freezes an entry with. Source: mmu/spte.h: REMOVED_SPTE, v5.19."""
+        return self.shadow_nonpresent_value | REMOVED_SPTE
 
     def is_mmio_spte(self, spte: int) -> bool:
         """Whether the entry caches "no memory here". Such an entry is never MMU-present. Source: mmu/spte.h, v5.19."""
@@ -281,7 +287,7 @@ class SpteFormat:
             "an accessible SPTE has saved R or X bits: it was marked for access tracking twice"
         )
         saved = (spte & EPT_RX_MASK) << SHADOW_ACC_TRACK_SAVED_BITS_SHIFT
-        return (spte | saved) & (ALL_BITS ^ self.shadow_acc_track_mask)
+        return (spte | saved) & (ALL_BITS ^ (self.shadow_acc_track_mask | self.spte_shadow_accessed_mask(spte)))
 
     def restore_acc_track_spte(self, spte: int) -> int:
         """Put the saved R and X back. W stays 0, always. Source: mmu/spte.h, v5.19."""
@@ -316,15 +322,20 @@ class SpteFormat:
         Raises AssertionError for an illegal ``new`` and for another pfn. Source: mmu/mmu.c, v5.19 (to v6.12).
         """
         self.check_spte_writable_invariants(new)
-        if not self.is_shadow_present_pte(old):
+        if not self.may_replace(old, new):
             return False
-        assert self.spte_to_pfn(old) == self.spte_to_pfn(new), (
-            "a present leaf was replaced by one with another pfn: it must be zapped first"
-        )
         protected = self.is_mmu_writable_spte(old) and not self.is_writable_pte(new)
         aged = self.is_accessed_spte(old) and not self.is_accessed_spte(new)
         cleaned = self.is_dirty_spte(old) and not self.is_dirty_spte(new)
         return protected or aged or cleaned
+
+    def may_replace(self, old: int, new: int) -> bool:
+        """Whether ``old`` is a present leaf. Raises AssertionError if ``new`` then has another pfn."""
+        present = self.is_shadow_present_pte(old)
+        assert not present or self.spte_to_pfn(old) == self.spte_to_pfn(new), (
+            "a present leaf was replaced by one with another pfn: it must be zapped first"
+        )
+        return present
 
     def spte_write_protect(self, spte: int, pt_protect: bool = False) -> Flushed:
         """Clear W, and with ``pt_protect`` also MMU-writable.
@@ -410,7 +421,7 @@ class SpteFormat:
         Over an ``old_spte`` with W=1 the last steps are skipped: such an SPTE gets W=1 and **D=0** (to v6.12).
         Raises AssertionError for an SPTE that would allow nothing. Source: mmu/spte.c, v5.19.
         """
-        if access == 0 and self.shadow_present_mask == 0:
+        if access | self.shadow_present_mask == self.shadow_nonpresent_value:
             raise AssertionError("make_spte: no access asked for, and no present bit: the SPTE would be invisible")
         spte = SPTE_MMU_PRESENT_MASK | ad_type | self.shadow_present_mask | self.shadow_memtype_mask
         if not prefetch:
@@ -427,17 +438,18 @@ class SpteFormat:
         spte |= pfn << PAGE_SHIFT
         wrprot = False
         if access & ACC_WRITE_MASK and host_writable:
-            if self._remakes_writable(old_spte):
-                spte |= PT_WRITABLE_MASK | self.shadow_mmu_writable_mask
-            elif write_tracked:
-                wrprot = True
-            else:
-                spte |= PT_WRITABLE_MASK | self.shadow_mmu_writable_mask | self.spte_shadow_dirty_mask(spte)
+            wrprot = write_tracked and not self.skips_unsync(old_spte, level)
+            if not wrprot:
+                spte |= PT_WRITABLE_MASK | self.shadow_mmu_writable_mask | self.dirty_with_w(spte, old_spte)
         return Made(self.mark_spte_for_access_track(spte) if prefetch else spte, wrprot)
 
-    def _remakes_writable(self, old_spte: int) -> bool:
-        """Whether make_spte() may skip the write-tracking look-up, and with it setting D."""
+    def skips_unsync(self, old_spte: int, level: int) -> bool:
+        """Whether make_spte() may skip the write-tracking look-up."""
         return self.is_writable_pte(old_spte)
+
+    def dirty_with_w(self, spte: int, old_spte: int) -> int:
+        """The D that make_spte() sets with W: none over an SPTE with W=1, as the look-up and this were skipped together."""
+        return 0 if self.is_writable_pte(old_spte) else self.spte_shadow_dirty_mask(spte)
 
     def make_nonleaf_spte(self, table_pfn: int, ad_disabled: bool) -> int:
         """Build the entry for a child table; it grants every right. Source: mmu/spte.c, v5.19."""

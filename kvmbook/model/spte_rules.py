@@ -6,8 +6,13 @@ A method that stands here is a rule that a release changed. Its docstring ends i
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from typing import Self
+
 from kvmbook.model.arrays import ALL_BITS
 from kvmbook.model.spte import Changed, SpteFormat
+
+VMX_EPT_SUPPRESS_VE_BIT = 1 << 63
 
 
 class AsksForAllRoots(SpteFormat):
@@ -20,3 +25,76 @@ class AsksForAllRoots(SpteFormat):
         if wrprot or not self.kvm_ad_enabled:
             return self.tdp_wrprot(spte)
         return Changed(spte & (ALL_BITS ^ self.shadow_dirty_mask), spte & self.shadow_dirty_mask != 0)
+
+
+class SuppressVe(SpteFormat):
+    """v6.10: no EPT entry makes the CPU raise a #VE, not even one that maps nothing."""
+
+    @classmethod
+    def with_masks(cls, fmt: SpteFormat) -> Self:
+        """b63 is set in each EPT entry; in any format an entry that maps nothing is b63, and a frozen one has b63 too.
+        Source: mmu/spte.h: SHADOW_NONPRESENT_VALUE, FROZEN_SPTE, mmu/spte.c: kvm_mmu_set_ept_masks(), v6.10 (7fa5e2929198).
+        """
+        ve = VMX_EPT_SUPPRESS_VE_BIT if fmt.shadow_acc_track_mask else 0
+        present, mmio = fmt.shadow_present_mask | ve, fmt.shadow_mmio_mask | ve
+        with_ve = replace(fmt, shadow_present_mask=present, shadow_mmio_mask=mmio)
+        return super().with_masks(replace(with_ve, shadow_nonpresent_value=VMX_EPT_SUPPRESS_VE_BIT))
+
+
+@dataclass(frozen=True)
+class SoftwareAd(SuppressVe):
+    """v6.13: each SPTE has A and D, and where hardware keeps none, KVM does. ``has_ad_bits``: hardware does."""
+
+    has_ad_bits: bool = True
+
+    @classmethod
+    def with_masks(cls, fmt: SpteFormat) -> Self:
+        """A and D have masks on every host: on EPT without A/D bits, b8 and b9 are software's.
+        Source: mmu/spte.c: kvm_mmu_set_ept_masks(), v6.13 (53510b912518, 3835819fb1b3)."""
+        accessed, dirty = fmt.shadow_accessed_mask or 1 << 8, fmt.shadow_dirty_mask or 1 << 9
+        masks = super().with_masks(replace(fmt, shadow_accessed_mask=accessed, shadow_dirty_mask=dirty))
+        return replace(masks, has_ad_bits=fmt.kvm_ad_enabled)
+
+    @property
+    def kvm_ad_enabled(self) -> bool:
+        """whether KVM uses A/D bits is a flag of its own; before, it was whether A has a mask.
+        Source: mmu/spte.c, v6.13 (a5da5dde4ba4)."""
+        return self.has_ad_bits
+
+    def spte_shadow_accessed_mask(self, spte: int) -> int:
+        """an SPTE of any type has an A bit: its page is young if that is set; a fault sets it, marking for access tracking
+        clears it. Source: mmu/spte.h: is_accessed_spte(), mmu/spte.c: mark_spte_for_access_track(), v6.13 (7971801b5618).
+        """
+        return self.shadow_accessed_mask
+
+    def spte_shadow_dirty_mask(self, spte: int) -> int:
+        """an SPTE of any type has a D bit. Source: mmu/spte.c: make_spte(), v6.13 (3835819fb1b3)."""
+        return self.shadow_dirty_mask
+
+    def dirty_with_w(self, spte: int, old_spte: int) -> int:
+        """W always brings D; before, not to an SPTE that is made over one with W=1.
+        Source: mmu/spte.c: make_spte(), v6.13 (cc7ed3358e41, 0387d79e24d6)."""
+        return self.shadow_dirty_mask
+
+    def skips_unsync(self, old_spte: int, level: int) -> bool:
+        """the write-tracking look-up is skipped over a leaf with W=1; before, over a table too (cured in stable v6.11 and
+        v6.12, too). Source: mmu/spte.c: make_spte(), v6.13 (2867eb782cf7)."""
+        return self.is_last_spte(old_spte, level) and self.is_writable_pte(old_spte)
+
+    def mmu_spte_update(self, old: int, new: int) -> bool:
+        """the legacy MMU owes a flush iff MMU-writable goes, not for W, A or D: so protecting a page for the dirty log asks
+        for none. Source: mmu/spte.h: leaf_spte_change_needs_tlb_flush(), mmu/mmu.c, v6.13 (081976992f43, c9b625625ba3,
+        b7ed46b201a4, 856cf4a60cff)."""
+        self.check_spte_writable_invariants(new)
+        return self.may_replace(old, new) and self.is_mmu_writable_spte(old) and not self.is_mmu_writable_spte(new)
+
+
+class AtomicTypeOne(SoftwareAd):
+    """v6.15: ageing holds no lock."""
+
+    def spte_has_volatile_bits(self, spte: int) -> bool:
+        """an SPTE of type 1 is always exchanged atomically, and A alone is no reason to.
+        Source: mmu/spte.c: spte_needs_atomic_update(), v6.15 (928c54b1c4ca, 61d65f2dc766)."""
+        if not self.is_writable_pte(spte) and self.is_mmu_writable_spte(spte):
+            return True
+        return not self.spte_ad_enabled(spte) or (self.is_writable_pte(spte) and spte & self.shadow_dirty_mask == 0)

@@ -85,9 +85,8 @@ SAYS = re.compile(r"(.+?)\.? Source\b: (.+), (v\d+\.\d+) \(([0-9a-f]{12}.*)\)\."
 
 def _differing_methods(one: type, other: type) -> list[Difference]:
     found = []
-    for name in sorted({*dir(one), *dir(other)}):
-        methods = [inspect.getattr_static(kind, name, None) for kind in (one, other)]
-        for method in methods if methods[0] is not methods[1] else ():
+    for kind in sorted({*one.__mro__} ^ {*other.__mro__}, key=lambda kind: len(kind.__mro__)):
+        for name, method in vars(kind).items():
             said = SAYS.fullmatch(" ".join((inspect.getdoc(method) or "").split()))
             found += [Difference(name, *said.groups())] if said else []
     return found

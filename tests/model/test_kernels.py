@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from conftest import BASE, HARDWARE, log, make_vm, missed, reported
 
-from kvmbook import FlushPolicy, Hardware, Kernel, Vm
-from kvmbook.model import check
+from kvmbook import FlushPolicy, Hardware, Kernel, Outcome, SpteFormat, Vm
+from kvmbook.model import REMOVED_SPTE, SPTE_TDP_AD_DISABLED_MASK, check
 
 PML = HARDWARE["pml"]
 EVERY = pytest.mark.parametrize("kernel", Kernel.releases, ids=lambda kernel: kernel.name)
@@ -27,7 +27,8 @@ def test_releases_are_in_order_and_each_differs_from_the_one_before_by_what_it_c
         changed = after.differs_from(before)
         assert bool(changed) == (after not in (Kernel.v6_1, Kernel.v6_18))  # these two changed nothing the model has
         assert changed == before.differs_from(after)
-        assert {difference.release for difference in changed} <= {after.name.removeprefix("Linux "), "v6.4"}
+        undone = {"v6.4"} if after is Kernel.v6_9 else set()
+        assert {difference.release for difference in changed} <= {after.name.removeprefix("Linux ")} | undone
 
 
 def test_every_change_in_a_switch_is_a_release_and_names_its_source():
@@ -90,6 +91,63 @@ def test_get_kicks_without_pml_only_before_v6_8(kernel):
     exits = vm.counters.exits
     vm.get_dirty_log()
     assert vm.counters.exits - exits == kernel.kicks_without_pml
+
+
+# ---- v6.10 and v6.13: the words --------------------------------------------------------------------------------------
+
+VE, PFN, TYPE_1 = 1 << 63, 0x4567, SPTE_TDP_AD_DISABLED_MASK
+
+
+def test_v6_13_keeps_a_and_d_of_its_own_on_ept_without_them_the_worked_values():
+    fmt = Kernel.v6_13.spte_format(SpteFormat.ept(ad_bits=False))
+    fresh = fmt.make_spte(PFN, ad_type=TYPE_1).spte
+    assert fresh == VE | 0x0610000004567B77
+    assert fmt.mark_spte_for_access_track(fresh) == VE | 0x0750000004567A70
+    assert fmt.mmu_spte_age(fresh)[:2] == (VE | 0x0750000004567A70, True)
+    assert fmt.spte_write_protect(fresh) == (VE | 0x0610000004567B75, False)  # protected, and no flush is asked for
+    assert fmt.spte_write_protect(fresh, pt_protect=True).flush
+    read = fmt.restore_acc_track_spte(VE | 0x0750000004567A70)
+    assert not fmt.is_accessed_spte(read) and read | fmt.shadow_accessed_mask == VE | 0x0610000004567B75
+    assert not fmt.kvm_ad_enabled and (fmt.shadow_accessed_mask, fmt.shadow_dirty_mask) == (1 << 8, 1 << 9)
+    assert fmt.make_spte(PFN, ad_type=TYPE_1, old_spte=fresh).spte == fresh  # W brings D
+
+
+def test_v6_13_a_read_of_an_aged_page_sets_a_on_the_fast_path():
+    vm = make_vm(HARDWARE["ept_no_ad"], Kernel.v6_13)
+    vm.vcpu[0].read(BASE)
+    assert vm.clear_young(BASE, BASE + 1) and not vm.test_young(BASE, BASE + 1)
+    assert vm.vcpu[1].read(BASE) is Outcome.FAST_FAULT
+    assert vm.spte(BASE) == VE | 0x0610000000000B75 | 0x40200 << 12
+    assert vm.test_young(BASE, BASE + 1)
+
+
+@pytest.mark.parametrize("name", ["ept_ad", "npt", "shadow"])
+def test_v6_13_changes_no_word_that_hardware_keeps_a_and_d_in_but_that_w_brings_d(name):
+    old, new = (kernel.spte_format(HARDWARE[name].format) for kernel in (Kernel.v6_10, Kernel.v6_13))
+    fresh = new.make_spte(PFN).spte
+    assert old.make_spte(PFN).spte == fresh and new.kvm_ad_enabled
+    assert new.mmu_spte_age(fresh) == old.mmu_spte_age(fresh)
+    assert new.make_spte(PFN, old_spte=fresh).spte == fresh
+    assert old.make_spte(PFN, old_spte=fresh).spte == fresh & ~new.shadow_dirty_mask
+    table = fresh & ~(1 << 7)  # in the way of a huge page
+    assert new.make_spte(PFN, level=2, old_spte=table, write_tracked=True).wrprot
+    assert not old.make_spte(PFN, level=2, old_spte=table, write_tracked=True).wrprot
+
+
+@pytest.mark.parametrize("name", HARDWARE)
+def test_since_v6_10_an_empty_entry_is_b63_and_a_present_one_has_it_in_ept_only(name):
+    for kernel in (Kernel.v6_9, Kernel.v6_10, Kernel.v6_18):
+        vm = make_vm(HARDWARE[name], kernel)
+        ve = VE if kernel is not Kernel.v6_9 else 0
+        assert vm.fmt.is_removed_spte(ve | REMOVED_SPTE) and not vm.fmt.is_removed_spte(VE - ve | REMOVED_SPTE)
+        vm.vcpu[0].write(BASE)
+        assert vm.spte(BASE + 1) == ve and not any(vm.fmt.hardware_rights(ve)) and not vm.fmt.is_mmio_spte(ve)
+        assert vm.spte(BASE) & VE == (ve if vm.fmt.shadow_acc_track_mask else 0)
+        assert vm.fmt.is_mmio_spte(vm.fmt.shadow_mmio_value)
+        vm.invalidate_range(BASE, BASE + 1)
+        assert vm.spte(BASE) == ve
+        assert vm.vcpu[0].write(BASE) is Outcome.SLOW_FAULT
+        check(vm)
 
 
 # ---- v6.4 to v6.8: the TDP MMU asks whether KVM uses A/D bits, for all roots -----------------------------------------
