@@ -11,8 +11,9 @@ lab: install-lab
 edit: install-lab
 	@$(BIN)/python tools/reading.py --sources
 
+# Three at once on two cores: a browser, a kernel and a build wait for each other often.
 test: install-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # The pages, for a web server or a disk: build/book/_build/html. Unchanged chapters are not run again.
 book: install-book

@@ -75,15 +75,29 @@ def pytest_configure(config):
             pytest.exit(str(missing), returncode=1)
 
 
-LONGEST = ("tests/book", "tests/search", "notebooks")  # folders whose files take longest, the longest first
+# Files, and folders of files, that take longest, the longest first. Of the first three only test_every_page needs the built
+# pages, so nobody waits while it builds them.
+LONGEST = (
+    "tests/book/test_lab.py",
+    "tests/book/test_every_page.py",
+    "tests/search/test_explore.py",
+    "tests/book/test_panels_in_pages.py",
+    "tests/book/test_slides.py",
+    "notebooks",
+    "tests/search",
+    "tests/book",
+)
 
 
 def pytest_collection_modifyitems(items):
     """Files that take long are begun early, so that at the end no worker waits for another: for pytest-xdist, which hands
     out the files in this order (`make test`: --no-loadscope-reorder)."""
-    folders = [item.path.parent.relative_to(item.config.rootpath).as_posix() for item in items]
-    ranks = [LONGEST.index(folder) if folder in LONGEST else len(LONGEST) for folder in folders]
-    items[:] = [item for _, item in sorted(zip(ranks, items, strict=True), key=lambda pair: pair[0])]
+
+    def rank(item):
+        path = item.path.relative_to(item.config.rootpath).as_posix()
+        return next((place for place, start in enumerate(LONGEST) if path.startswith(start)), len(LONGEST))
+
+    items.sort(key=rank)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -31,6 +31,10 @@ SETTINGS = {
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
 }
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the server is on this machine
+CLOSE = """() => {
+  [...jupyterapp.shell.widgets("main")].forEach((one) => one.dispose());
+  delete document.body.dataset.kvmbookRan;
+}"""
 ERRORS = ["application/vnd.jupyter.stderr", "application/vnd.jupyter.error"]
 
 
@@ -55,9 +59,13 @@ class Lab:
         return f"notebooks/{name}"
 
     def open(self, page: Page, notebook: str) -> None:
-        """Open a notebook of the copy, by its path in it, and wait until it is shown. Nothing is run."""
+        """Open a notebook of the copy, by its path in it, in a page that shows none, and wait until it is shown. Nothing is
+        run. JupyterLab is loaded if the page does not have it yet."""
         page.set_default_timeout(PATIENCE * 1000)
-        page.goto(f"{self.home}lab/tree/{notebook}?token={self.token}&reset")
+        if page.url.startswith(self.home):
+            page.evaluate("path => jupyterapp.commands.execute('docmanager:open', { path }).then(() => null)", notebook)
+        else:
+            page.goto(f"{self.home}lab/tree/{notebook}?token={self.token}&reset")
         page.locator(".jp-NotebookPanel .jp-Cell").first.wait_for()
 
     def wait_for_kernel(self, page: Page, notebook: str) -> None:
@@ -78,6 +86,11 @@ class Lab:
     def wait_until_run(self, page: Page) -> None:
         """Wait until all cells have run, or one of them has failed."""
         page.locator("body[data-kvmbook-ran]").wait_for(state="attached", timeout=RUN * 1000)
+
+    def close(self, page: Page, notebook: str) -> None:
+        """Close the notebook that a page shows, unsaved, and end its kernel. JupyterLab stays, for the next one."""
+        page.evaluate(CLOSE)
+        self.shut_down(notebook)
 
     def shut_down(self, notebook: str) -> None:
         """End the notebook's kernel."""

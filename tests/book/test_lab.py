@@ -41,22 +41,50 @@ def lab(tmp_path_factory):
     expect.set_options(timeout=5000)  # as Playwright has it
 
 
+class Desks:
+    """Pages with JupyterLab, which is loaded in each but once: one notebook after another is opened there, and closed."""
+
+    def __init__(self, lab, browser):
+        self.lab, self.browser, self.free = lab, browser, []
+
+    def take(self):
+        """A page that shows no notebook."""
+        return self.free.pop() if self.free else Visit(self.browser, self.lab.home, **WINDOW)
+
+    def give_back(self, seen, notebook):
+        """Close the notebook; what the page remembers of panels, and what was noted, are forgotten with it."""
+        self.lab.close(seen.page, notebook)
+        seen.page.evaluate("globalThis.kvmbookOpened?.clear()")
+        seen.foreign.clear()
+        seen.errors.clear()
+        self.free.append(seen)
+
+
+@pytest.fixture(scope="module")
+def desks(lab, browser):
+    made = Desks(lab, browser)
+    yield made
+    for seen in made.free:
+        seen.context.close()
+
+
 class Chapters:
     """The chapters that are to be tested, open; while one is tested, the kernel of the next one works."""
 
-    def __init__(self, lab, browser, notebooks):
-        self.lab, self.browser, self.next = lab, browser, dict(itertools.pairwise(notebooks))
+    def __init__(self, desks, notebooks):
+        self.lab, self.desks, self.next = desks.lab, desks, dict(itertools.pairwise(notebooks))
         self.open, self.failed = {}, {}
 
     def take(self, notebook):
         """The chapter that is wanted now, and runs; the next one is opened and set running."""
         for name in (notebook, self.next.get(notebook)):
-            if name is not None and name not in self.open:
-                self.open[name] = Visit(self.browser, self.lab.home, **WINDOW)
+            if name is not None and name not in {*self.open, *self.failed}:
+                self.open[name] = self.desks.take()
                 try:
                     self.start(self.open[name].page, name)
-                except Exception as error:  # it is for the test of that chapter
+                except Exception as error:  # it is for the test of that chapter, and its page for no other
                     self.failed[name] = error
+                    self.open.pop(name).context.close()
         if notebook in self.failed:
             raise self.failed[notebook]
         return self.open[notebook]
@@ -64,18 +92,17 @@ class Chapters:
     def start(self, page, notebook):
         """Open a chapter, see that its panels are there before anything is run, and have it run."""
         self.lab.open(page, notebook)
-        expect(page.locator(WIDGET)).to_have_count(widgets_in(self.lab.book / notebook))
+        expect(page.locator(WIDGET)).to_have_count(widgets_in(ROOT / notebook))
         self.lab.start_running(page, notebook)
 
     def close(self, notebook):
-        self.lab.shut_down(notebook)
-        self.open.pop(notebook).context.close()
+        self.desks.give_back(self.open.pop(notebook), notebook)
 
 
 @pytest.fixture(scope="module")
-def chapters(lab, browser, request):
+def chapters(desks, request):
     parameters = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
-    opened = Chapters(lab, browser, [each["notebook"] for each in parameters if "notebook" in each])
+    opened = Chapters(desks, [each["notebook"] for each in parameters if "notebook" in each])
     yield opened
     for notebook in list(opened.open):
         opened.close(notebook)
@@ -88,13 +115,12 @@ def chapter(chapters, notebook):
 
 
 @pytest.fixture(scope="module")
-def unrun(lab, browser):
+def unrun(desks):
     """Chapter 01, as it is when it has just been opened."""
-    seen = Visit(browser, lab.home, **WINDOW)
-    lab.open(seen.page, FIRST)
+    seen = desks.take()
+    desks.lab.open(seen.page, FIRST)
     yield seen
-    lab.shut_down(FIRST)
-    seen.context.close()
+    desks.give_back(seen, FIRST)
 
 
 @functools.cache
@@ -114,7 +140,7 @@ def asked_in(notebook, prefix):
 
 
 def widgets_in(path):
-    """How many widgets the stored outputs of a notebook show."""
+    """How many widgets the stored outputs of a notebook show. (Not of JupyterLab's copy, which it saves now and then.)"""
     return sum(
         "application/vnd.jupyter.widget-view+json" in output.get("data", {})
         for cell in json.loads(path.read_text())["cells"]
@@ -276,9 +302,9 @@ def test_a_chapter_opens_runs_and_can_be_played_with(notebook, lab, chapter):
     guesses = {guess.title: guess for guess in asked_in(notebook, "guess_")}
     lab.wait_until_run(page)
     assert not errors_in(page)
-    expect(page.locator(WIDGET)).to_have_count(widgets_in(lab.book / notebook))
+    expect(page.locator(WIDGET)).to_have_count(widgets_in(ROOT / notebook))
     assert page.locator(PANEL).count()
-    runs = iter(runs_in(lab.book / notebook))
+    runs = iter(runs_in(ROOT / notebook))
     for panel in page.locator(PANEL).all():
         if live := live_panels().get(title_of(panel)):
             play(panel, live)
@@ -336,9 +362,8 @@ def test_a_panel_works_before_anything_is_run(unrun):
     unrun.clean()
 
 
-def test_a_panel_that_carries_nothing_asks_its_kernel(lab, visit):
-    notebook = lab.write("asking.ipynb", ASKING)
-    seen = visit(lab.home, **WINDOW)
+def test_a_panel_that_carries_nothing_asks_its_kernel(lab, desks):
+    notebook, seen = lab.write("asking.ipynb", ASKING), desks.take()
     lab.open(seen.page, notebook)
     lab.start_running(seen.page, notebook)
     lab.wait_until_run(seen.page)
@@ -347,5 +372,5 @@ def test_a_panel_that_carries_nothing_asks_its_kernel(lab, visit):
     for number in ("3", "2", "1", "3"):
         panel.get_by_label(number, exact=True).check()
         expect(said_by(panel)).to_have_text(f"{int(number) ** 2} is the square.")
-    lab.shut_down(notebook)
     seen.clean()
+    desks.give_back(seen, notebook)

@@ -1,6 +1,7 @@
 """What a page gets beside what its chapter says: meanings of words, colours, places to break, folds, a link to Binder."""
 
 import argparse
+import functools
 import re
 import shutil
 
@@ -29,7 +30,9 @@ def home(built):
     return f"{built.as_uri()}/"
 
 
+@functools.cache
 def article(built, file):
+    """What a page says, parsed once; nobody may change it."""
     return BeautifulSoup((built / f"{file}.html").read_text(), "html.parser").article
 
 
