@@ -7,11 +7,13 @@ how they meet is left to chance.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from kvmbook.model import Hardware, Kernel, Vm
+import numpy as np
+
+from kvmbook.model import Hardware, Kernel, Vm, to_bits, to_words
 from kvmbook.search.schedule import BASE_GFN, Action, Grain, act, smallest_vm
 
 # A CPU lets a TLB entry go when it likes, nobody can make it; and each access that is played ends with an exit anyway.
@@ -22,7 +24,6 @@ WORDS = {
     "enables": "enables logging",
     "disables": "disables logging",
     "gets": "gets the dirty log",
-    "clears": "clears bits of the dirty log",
     "harvests": "harvests the ring",
     "resets": "resets the dirty rings",
 }
@@ -34,6 +35,31 @@ class Cleared(NamedTuple):
     first: int
     number: int
     words: tuple[int, ...]
+
+    @classmethod
+    def of(cls, pages: Collection[int], npages: int) -> Cleared:
+        """These pages of a slot of ``npages``, with no words around them that are not needed."""
+        first, end = min(pages) // 64 * 64, min((max(pages) // 64 + 1) * 64, npages)
+        bits = np.zeros(end - first, bool)
+        bits[np.array(sorted(pages)) - first] = True
+        return cls(first, end - first, tuple(to_words(bits).tolist()))
+
+    @property
+    def bitmap(self) -> np.ndarray:
+        """Bool array, one per page from ``first``."""
+        return to_bits(np.array(self.words, np.uint64), self.number)
+
+    @property
+    def pages(self) -> list[int]:
+        """The pages of the slot whose bits are set."""
+        found: list[int] = (self.first + np.flatnonzero(self.bitmap)).tolist()
+        return found
+
+    def __str__(self) -> str:
+        """The pages, "0, 1" or "0..511"."""
+        runs = np.split(self.pages, np.flatnonzero(np.diff(self.pages) != 1) + 1)
+        said = (f"{run[0]}..{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
+        return ", ".join(said)
 
 
 class Call(NamedTuple):
@@ -53,6 +79,8 @@ class Call(NamedTuple):
     @property
     def phrase(self) -> str:
         """In words: "vCPU0 reads page 0"."""
+        if self.cleared is not None:
+            return f"{self.who} clears {self.cleared} of the dirty log"
         about = {" page ": self.page, " of vCPU": self.ring}
         which = "".join(f"{word}{number}" for word, number in about.items() if number is not None)
         return f"{self.who} {WORDS.get(self.what, self.what)}{which}"
