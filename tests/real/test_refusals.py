@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 
+import numpy as np
 import pytest
 
 from kvmbook.model import MemoryRegion
@@ -162,22 +163,24 @@ def test_a_slot_does_not_grow_while_its_log_is_read(monkeypatch):
     machine = RealVm.__new__(RealVm)
     machine._lock, machine._fd, machine.own_slot, machine._reached = threading.RLock(), 5, 32763, set()
     machine._slots = {0: MemoryRegion(0, 1, 0, 64 << 12, 0)}
-    order, others = [], []
+    grows = threading.Thread(target=machine.kvm_set_user_memory_region, args=(0, 1, 0, 1 << 30, 0))
+    order, zeros = [], np.zeros
+
+    def an_array_is_made(*arguments):
+        order.append("its array is made")
+        grows.start()
+        grows.join(0.2)
+        return zeros(*arguments)
 
     def ioctl(fd, number, argument, told):
         order.append(told.split("(")[0])
-        if number == abi.KVM_GET_DIRTY_LOG:
-            grows = threading.Thread(target=machine.kvm_set_user_memory_region, args=(0, 1, 0, 1 << 30, 0))
-            others.append(grows)
-            grows.start()
-            grows.join(0.2)
-            order.append("read")
         return 0
 
     monkeypatch.setattr(vm, "ioctl", ioctl)
+    monkeypatch.setattr(vm.np, "zeros", an_array_is_made)
     assert len(machine.get_dirty_log(0)) == 64
-    others[0].join()
-    assert order == ["KVM_GET_DIRTY_LOG", "read", "KVM_SET_USER_MEMORY_REGION"]
+    grows.join()
+    assert order == ["its array is made", "KVM_GET_DIRTY_LOG", "KVM_SET_USER_MEMORY_REGION"]
 
 
 def test_a_signal_while_the_vm_is_made_is_no_refusal(monkeypatch):
