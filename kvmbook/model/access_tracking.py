@@ -1,7 +1,7 @@
 """Ageing, and the other things that the host's memory management does to a guest's SPTEs.
 
-All of them take mmu_lock for write in v5.19, and visit the rmap side and the TDP side. What they leave in the TLBs is
-the story of the book: *clear_young never flushes*.
+All of them take mmu_lock for write in v5.19, and visit the rmap side and the TDP side; since v6.15 ageing takes no lock.
+What they leave in the TLBs is the story of the book: *clear_young never flushes*.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from kvmbook.model.arrays import ALL_BITS
 from kvmbook.model.machine import Machine, Operation, step
 from kvmbook.model.memslots import MemorySlot
-from kvmbook.model.page_tables import RMAPS, TDP
+from kvmbook.model.page_tables import RMAPS, TDP, Sptep
 from kvmbook.model.spte import PG_LEVEL_4K
 
 
@@ -58,19 +59,60 @@ class Notifier(Operation):
 
 
 @dataclass(eq=False)
-class ClearYoung(Notifier):
+class Ageing(Notifier):
+    """Clear, or ask for, what tells that pages were accessed. ``lockless``: without mmu_lock, see `Kernel`."""
+
+    lockless: bool = field(default=False, init=False)
+
+    def begin(self, m: Machine) -> None:
+        super().begin(m)
+        self.lockless = m.kernel.ages_without_lock
+
+    def wants_lock(self, name: str) -> str | None:
+        return None if self.lockless else super().wants_lock(name)
+
+
+@dataclass(eq=False)
+class ClearYoung(Ageing):
     """Age without a flush: a page that looks idle a little too early does no harm, the host reckons.
     Source: include/linux/mmu_notifier.h: clear_young() (of struct mmu_notifier_ops),
     virt/kvm/kvm_main.c: kvm_mmu_notifier_clear_young(), v5.19."""
 
     steps = ("kvm_age_gfn",)
+    flushes: ClassVar[bool] = False
+
+    seen: list[tuple[Sptep, int]] = field(default_factory=list, init=False)
 
     @step(lock="write", keeps=True)
     def kvm_age_gfn(self, m: Machine) -> str:
-        """Huge pages are aged as one. Source: mmu/mmu.c, mmu/tdp_mmu.c: kvm_tdp_mmu_age_gfn_range(), v5.19."""
-        age, sides = m.fmt.mmu_spte_age, (RMAPS, TDP)
-        self.result = any([m.update_leaves(side, *gfns, age) for side in sides for gfns in self.ranges])
+        """Huge pages are aged as one. Without the lock, young SPTEs are only read, and exchanged in a step of its own.
+        Source: mmu/mmu.c, mmu/tdp_mmu.c: kvm_tdp_mmu_age_gfn_range(), v5.19."""
+        if self.lockless:
+            leaves = [leaf for gfns in self.ranges for leaf in m.page_tables.every_leaf(*gfns)]
+            self.seen = [(sptep, spte) for sptep, _, _, spte in leaves if m.fmt.is_accessed_spte(spte)]
+            self.result = bool(self.seen)
+        else:
+            age, sides = m.fmt.mmu_spte_age, (RMAPS, TDP)
+            self.result = any([m.update_leaves(side, *gfns, age) for side in sides for gfns in self.ranges])
+        flush = self.result and self.flushes and m.kernel.clear_flush_young_flushes
+        self.todo = ["kvm_tdp_mmu_age_spte"] * bool(self.seen) + ["kvm_flush_remote_tlbs"] * flush
         return "young" if self.result else "old"
+
+    @step()
+    def kvm_tdp_mmu_age_spte(self, m: Machine) -> str | None:
+        """A is cleared in what is there by now. A type-1 SPTE that has changed meanwhile is left alone; it still counts as
+        young. Source: mmu/tdp_mmu.c, mmu/mmu.c: kvm_rmap_age_gfn_range(), v6.15."""
+        failed = 0
+        for sptep, seen in self.seen:
+            if sptep.table not in m.page_tables.tables:
+                continue  # RCU keeps it, but nobody will look at it
+            now = m.page_tables.read(sptep)
+            if m.fmt.spte_ad_enabled(seen):
+                m.page_tables.write(sptep, now & (ALL_BITS ^ m.fmt.shadow_accessed_mask))
+            elif now == seen:
+                m.page_tables.write(sptep, m.fmt.mark_spte_for_access_track(seen))
+            failed += now != seen
+        return f"{failed} changed meanwhile" if failed else None
 
 
 @dataclass(eq=False)
@@ -78,15 +120,11 @@ class ClearFlushYoung(ClearYoung):
     """Age, and flush before unlocking if something was young (until v6.12).
     Source: virt/kvm/kvm_main.c: kvm_mmu_notifier_clear_flush_young(), v5.19."""
 
-    @step(lock="write", keeps=True)
-    def kvm_age_gfn(self, m: Machine) -> str:
-        said = super().kvm_age_gfn(m)
-        self.todo = ["kvm_flush_remote_tlbs"] * (self.result and m.kernel.clear_flush_young_flushes)
-        return said
+    flushes = True
 
 
 @dataclass(eq=False)
-class TestYoung(Notifier):
+class TestYoung(Ageing):
     """Ask, and change nothing. Source: virt/kvm/kvm_main.c: kvm_mmu_notifier_test_young(), v5.19."""
 
     steps = ("kvm_test_age_gfn",)

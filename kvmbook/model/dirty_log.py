@@ -194,14 +194,16 @@ class ClearDirtyLog(DirtyLogOperation):
 class ResetDirtyRings(Operation):
     """Free the ring entries that user space has harvested and re-arm their pages; flush once if there were any, after
     slots_lock is dropped.
-    ``result``: how many entries.
+    ``result``: how many entries. ``signal_pending``: a signal waits for the caller; it may come between any two steps.
     Source: virt/kvm/kvm_main.c: kvm_vm_ioctl_reset_dirty_pages(), virt/kvm/dirty_ring.c: kvm_dirty_ring_reset(), v5.19."""
 
+    signal_pending: bool = False
     taken: list[tuple[int, int]] = field(default_factory=list, init=False)
+    batch: list[tuple[int, int]] = field(default_factory=list, init=False)
 
     @property
     def needs_slots_lock(self) -> bool:
-        return not self.started or self.todo[:1] in (["mutex_lock"], ["kvm_dirty_ring_reset"])
+        return not self.started or self.todo[:1] in (["mutex_lock"], ["kvm_dirty_ring_reset"], ["kvm_reset_dirty_gfn"])
 
     def begin(self, m: Machine) -> None:
         if not m.dirty_ring_size:
@@ -212,11 +214,11 @@ class ResetDirtyRings(Operation):
     def covers(self, slot: MemorySlot, gfn: int) -> bool:
         return (slot.number, gfn - slot.base_gfn) in self.taken
 
-    @step(lock="write")
+    @step()
     def kvm_dirty_ring_reset(self, m: Machine) -> str:
-        """Take the next batch: harvested neighbours within 64 gfns, of one ring and one slot."""
+        """Free the next batch: harvested neighbours within 64 gfns, of one ring and one slot."""
         batch: list[tuple[int, int]] = []
-        for vcpu in m.vcpus:
+        for vcpu in [] if self._stops(m) else m.vcpus:
             ring = vcpu.dirty_ring
             while ring is not None and (entry := ring.next_harvested) is not None:
                 pages = [page for _, page in (*batch, entry)]
@@ -226,16 +228,27 @@ class ResetDirtyRings(Operation):
                 ring.free_next()
             if batch:
                 break
-        if batch:
-            slot = m.memslots.find(batch[0][0], m.hardware.address_spaces)
-            pages = sorted({offset for _, offset in batch})
-            if slot is not None and pages[-1] < slot.npages:
-                wrprot.kvm_arch_mmu_enable_log_dirty_pt_masked(m, slot, [slot.base_gfn + page for page in pages])
-            self.taken += batch
-            self.todo = ["kvm_dirty_ring_reset"]
-        else:
-            self.todo = ["kvm_flush_remote_tlbs"] if self.taken else ["return_to_user_space"]
+        self.batch = batch
+        self.taken += batch
+        end = ["kvm_flush_remote_tlbs"] if self.taken else ["return_to_user_space"]
+        self.todo = ["kvm_reset_dirty_gfn"] if batch else end
         return f"{len(batch)} entries"
+
+    def _stops(self, m: Machine) -> bool:
+        return self.signal_pending and m.kernel.reset_stops_at_signal
+
+    @step(lock="write")
+    def kvm_reset_dirty_gfn(self, m: Machine) -> str | None:
+        """Arm its pages again. (A signal is looked for before each entry, and so before this.)
+        Source: virt/kvm/dirty_ring.c, v5.19."""
+        self.todo = ["kvm_dirty_ring_reset"]
+        if self._stops(m):
+            return "a signal: not armed"
+        slot = m.memslots.find(self.batch[0][0], m.hardware.address_spaces)
+        pages = sorted({offset for _, offset in self.batch})
+        if slot is not None and pages[-1] < slot.npages:
+            wrprot.kvm_arch_mmu_enable_log_dirty_pt_masked(m, slot, [slot.base_gfn + page for page in pages])
+        return None
 
     @step()
     def kvm_flush_remote_tlbs(self, m: Machine) -> None:

@@ -268,6 +268,10 @@ class PageFault(GuestAccess):
             goal = min(goal, found.level)  # a table stays where an instruction fetch asked for it
         if found.level > goal:
             return self._zap_larger(m)
+        here = self.root.tdp_mmu and found.level == goal and m.fmt.is_shadow_present_pte(found.spte)
+        if here and m.kernel.allowed_is_spurious and self._allowed(m, found.spte):
+            self._over(m, Outcome.SLOW_FAULT)
+            return "spurious: allowed by now"
         over = found.spte
         if found.level < goal:  # a table is in the way of a huge page; for make_spte() of the TDP MMU it is a W=1 SPTE
             self.sptep, self.old_spte = m.page_tables.entry_at(self.root, self.gfn, goal), 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from kvmbook.model.machine import Machine
 from kvmbook.model.memslots import MemorySlot
 from kvmbook.model.page_tables import RMAPS, TDP, Sptep
@@ -60,8 +62,32 @@ def zap_collapsible_rmap_sptes(m: Machine, slot: MemorySlot) -> bool:
 def zap_collapsible_tdp_sptes(m: Machine, slot: MemorySlot) -> None:
     """Cut off each TDP MMU table whose pages could be one huge page, flush, and free it.
     Source: mmu/tdp_mmu.c: zap_collapsible_spte_range(), v5.19."""
-    for table, leaves in m.page_tables.leaves(TDP, slot.base_gfn, slot.end_gfn, (PG_LEVEL_4K, PG_LEVEL_2M)):
-        first = table.gfn(int(leaves[0]))
+    for sptep, _, _ in collapsible_tables(m, slot):
+        m.drop_table(sptep)
+
+
+def kvm_tdp_mmu_recover_huge_pages(m: Machine, slot: MemorySlot) -> None:
+    """Put a huge SPTE, made of its first leaf, in the place of each such table; flush once, and free them.
+    Source: mmu/tdp_mmu.c, v6.13 (13e2e4f62a4b)."""
+    freed: list[int] = []
+    for sptep, level, first in collapsible_tables(m, slot):
+        tables, dropped = m.page_tables.unlink(sptep)
+        m.page_tables.write(sptep, m.fmt.make_huge_spte(first, level, m.nx_huge_pages))
+        for spte in dropped:
+            m.tell_host(spte, 0)
+        freed += tables
+    if freed:
+        m.kvm_flush_remote_tlbs()
+    m.page_tables.free(freed)
+
+
+def collapsible_tables(m: Machine, slot: MemorySlot) -> Iterator[tuple[Sptep, int, int]]:
+    """Yield (place, level, first present leaf) of each entry of the TDP MMU that points to a table and could be a leaf."""
+    leaves = m.page_tables.leaves(TDP, slot.base_gfn, slot.end_gfn, (PG_LEVEL_4K, PG_LEVEL_2M))
+    done: set[Sptep] = set()
+    for table, indices in sorted(leaves, key=lambda found: found[0].gfn(int(found[1][0]))):
+        first = table.gfn(int(indices[0]))
         level = kvm_mmu_max_mapping_level(m, slot, first)
-        if level > table.level and table.pfn in m.page_tables.tables:
-            m.drop_table(m.page_tables.entry_at(table.root, first, level))
+        if level > table.level and (sptep := m.page_tables.entry_at(table.root, first, level)) not in done:
+            done.add(sptep)
+            yield sptep, level, int(table.sptes[indices[0]])

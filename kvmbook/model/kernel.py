@@ -78,11 +78,17 @@ class Kernel:
     clear_flush_young_flushes: bool = switch(True, v6_13=(False, "2ebbe0308c29, b9883ee40d7e"))
     """clear_flush_young() ages and does not flush; before, it flushed if something was young. virt/kvm/kvm_main.c:
     kvm_mmu_notifier_clear_flush_young()."""
+    ages_without_lock: bool = switch(False, v6_15=(True, "b146a9b34aed, af3b6a9eba48"))
+    """ageing takes no mmu_lock: it reads an SPTE, and exchanges it if it has not changed; it counts as young in any case.
+    mmu/tdp_mmu.c: kvm_tdp_mmu_age_gfn_range(), mmu/mmu.c: kvm_rmap_age_gfn_range()."""
     eager_split_rmaps: bool = switch(False, v6_0=(True, "ada51a9de725"))
     """enabling also splits huge pages of nested guests. mmu/mmu.c: kvm_shadow_mmu_try_split_huge_pages()."""
     recovers_2m_rmaps: bool = switch(False, v6_0=(True, ""))
     """switching logging off also drops the legacy MMU's 2M leaves where 1G fits. mmu/mmu.c:
     kvm_rmap_zap_collapsible_sptes()."""
+    recovers_in_place: bool = switch(False, v6_13=(True, "13e2e4f62a4b"))
+    """switching logging off puts a huge SPTE, made of the first leaf, in the place of a table of the TDP MMU, and flushes
+    once; before, each table is zapped and flushed. mmu/tdp_mmu.c: kvm_tdp_mmu_recover_huge_pages()."""
     clear_split_forgets_last: bool = switch(True, v6_8=(False, "1aa4bb916808"))
     """KVM_CLEAR_DIRTY_LOG splits huge pages up to the last gfn; before (from v5.18), the last was left out. mmu/mmu.c:
     kvm_arch_mmu_enable_log_dirty_pt_masked()."""
@@ -105,6 +111,15 @@ class Kernel:
     splits_on_fault: bool = switch(False, v6_2=(True, "c4b33d28ea51"))
     """a fault for 4K that finds a huge page splits it, in the TDP MMU; before, it drops the huge page and flushes.
     mmu/tdp_mmu.c: kvm_tdp_mmu_map()."""
+    allowed_is_spurious: bool = switch(False, v6_13=(True, "55f60a6498e7"))
+    """a fault in the TDP MMU whose access the SPTE allows by now changes nothing; before, it made the SPTE again.
+    mmu/tdp_mmu.c: tdp_mmu_map_handle_target_level()."""
+    zaps_by_slot: bool = switch(False, v6_12=(True, "aa8d1f48d353"))
+    """user space can switch the quirk SLOT_ZAP_ALL off: then DELETE and MOVE zap only the slot's leaves. mmu/mmu.c:
+    kvm_mmu_zap_memslot_leafs()."""
+    reset_stops_at_signal: bool = switch(False, v6_17=(True, "530a8ba71b4c, 49005a2a3d2a, 1333c35c4eea"))
+    """KVM_RESET_DIRTY_RINGS stops at a signal and returns how many entries it freed; those that it gathered last it has freed
+    and does not arm again. virt/kvm/dirty_ring.c: kvm_dirty_ring_reset()."""
     neighbour_prefetch: bool = switch(False)
     """a fault in the legacy MMU also maps up to seven neighbours (every release; off here, so that the pages of a run
     have nothing to do with each other; on, to compare with a real machine). mmu/mmu.c: direct_pte_prefetch()."""
@@ -130,9 +145,11 @@ class Kernel:
     v6_8: ClassVar[Kernel]
     v6_9: ClassVar[Kernel]
     v6_10: ClassVar[Kernel]
+    v6_12: ClassVar[Kernel]
     v6_13: ClassVar[Kernel]
     v6_14: ClassVar[Kernel]
     v6_15: ClassVar[Kernel]
+    v6_17: ClassVar[Kernel]
     v6_18: ClassVar[Kernel]
 
     @classmethod

@@ -193,6 +193,7 @@ class Machine:
     manual_protect: bool = False
     initially_set: bool = False
     dirty_ring_size: int = 0
+    slot_zap_all: bool = True
     nr_memslots_dirty_logging: int = 0
     mmu_notifier_seq: int = 0
     invalidating: list[tuple[int, int]] = field(default_factory=list)

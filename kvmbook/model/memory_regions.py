@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from kvmbook.model import huge_pages
-from kvmbook.model.access_tracking import InvalidateRange
+from kvmbook.model.access_tracking import InvalidateRange, kvm_unmap_gfn_range
 from kvmbook.model.machine import Machine, Operation, Rule, step
 from kvmbook.model.memslots import Change, MemoryRegion, MemorySlot, check_width
 from kvmbook.model.page_tables import LEVELS, RMAPS, TDP
@@ -107,10 +107,14 @@ class SetUserMemoryRegion(Operation):
 
     @step(lock="write")
     def kvm_mmu_zap_all_fast(self, m: Machine) -> None:
-        """Drop all tables of the VM and flush; v5.19 does not zap by slot. Tracking of guest page tables ends with it.
-        Source: mmu/mmu.c, v5.19."""
-        m.zap_all()
-        m.write_tracked.clear()
+        """Drop all tables of the VM and flush; tracking of guest page tables ends with it. Without the quirk SLOT_ZAP_ALL,
+        which v6.12 has, only the slot's leaves go. Source: mmu/mmu.c, v5.19."""
+        assert self.old is not None
+        if m.slot_zap_all:
+            m.zap_all()
+            m.write_tracked.clear()
+        elif self.old.as_id == 0 and kvm_unmap_gfn_range(m, [(self.old.base_gfn, self.old.end_gfn)]):
+            m.kvm_flush_remote_tlbs()
 
     @step()
     def kvm_prepare_memory_region(self, m: Machine) -> str | None:
@@ -177,7 +181,8 @@ class SetUserMemoryRegion(Operation):
 
     @step(lock="read")
     def zap_collapsible_tdp_sptes(self, m: Machine) -> None:
-        huge_pages.zap_collapsible_tdp_sptes(m, self.slot)
+        in_place = m.kernel.recovers_in_place
+        (huge_pages.kvm_tdp_mmu_recover_huge_pages if in_place else huge_pages.zap_collapsible_tdp_sptes)(m, self.slot)
 
     @step(lock="write")
     def split_huge_rmap_sptes(self, m: Machine) -> None:

@@ -306,10 +306,14 @@ class SpteFormat:
 
     def make_spte_executable(self, spte: int) -> int:
         """Add execute permission, also to one that is being access-tracked. Source: mmu/spte.c, v5.19."""
+        return self.modify_spte_protections(spte, self.shadow_x_mask, self.shadow_nx_mask)
+
+    def modify_spte_protections(self, spte: int, set_bits: int, clear_bits: int) -> int:
+        """Set and clear rights, also of one that is being access-tracked. Source: mmu/spte.c, v6.13."""
         tracked = self.is_access_track_spte(spte)
         if tracked:
             spte = self.restore_acc_track_spte(spte)
-        spte = (spte & (ALL_BITS ^ self.shadow_nx_mask)) | self.shadow_x_mask
+        spte = (spte | set_bits) & (ALL_BITS ^ clear_bits)
         return self.mark_spte_for_access_track(spte) if tracked else spte
 
     # ---- updates of a present leaf, and the rmap side ---------------------------------------------------------------
@@ -468,3 +472,9 @@ class SpteFormat:
             return child
         child &= ALL_BITS ^ PT_PAGE_SIZE_MASK
         return self.make_spte_executable(child) if nx_huge_pages else child
+
+    def make_huge_spte(self, small_spte: int, level: int, nx_huge_pages: bool = False) -> int:
+        """The huge SPTE of which ``small_spte`` could be a part; in all but address and size as that is.
+        Source: mmu/spte.c, v6.13 (13e2e4f62a4b)."""
+        huge = (small_spte | PT_PAGE_SIZE_MASK) & (ALL_BITS ^ (pages_per_level(level) - 1 << PAGE_SHIFT))
+        return self.modify_spte_protections(huge, self.shadow_nx_mask, self.shadow_x_mask) if nx_huge_pages else huge

@@ -191,6 +191,13 @@ class Vm(Machine):
         """KVM_SET_USER_MEMORY_REGION, in bytes. OSError EINVAL, EEXIST or ENOMEM."""
         self.run(SetUserMemoryRegion(MemoryRegion(slot, flags, guest_phys_addr, memory_size, userspace_addr)))
 
+    def disable_quirk_slot_zap_all(self) -> None:
+        """KVM_CAP_DISABLE_QUIRKS2 with KVM_X86_QUIRK_SLOT_ZAP_ALL. OSError EINVAL where the quirk is not known.
+        Source: arch/x86/kvm/x86.c: kvm_vm_ioctl_enable_cap(), v6.12 (aa8d1f48d353)."""
+        if not self.kernel.zaps_by_slot:
+            raise refuse(errno.EINVAL, "this release knows no quirk SLOT_ZAP_ALL")
+        self.slot_zap_all = False
+
     # ---- the dirty log ----------------------------------------------------------------------------------------------
 
     def get_dirty_log(self, slot: int = 0) -> np.ndarray:

@@ -45,17 +45,10 @@ def as_hardware(machine: Offers) -> Hardware:
 
 
 def as_kernel(machine: Offers) -> Kernel:
-    """What is known of this release, by its number. See the commits named at each switch of `Kernel`."""
-    since = machine.since
-    return (Kernel.v6_0 if since(6, 0) else Kernel.v5_19).with_(
-        name=f"Linux {machine.release}",
-        neighbour_prefetch=True,
-        marks_without_vcpu=since(6, 2),
-        splits_on_fault=since(6, 2),
-        clear_split_forgets_last=not since(6, 8),
-        clear_flush_young_flushes=not since(6, 13),
-        pml_drains_oldest_first=since(6, 14),
-    )
+    """What is known of this release, by its number: the newest of `Kernel.releases` not newer. Its name says which."""
+    known = Kernel.of(machine.release)
+    name = f"Linux {machine.release}, by the rules of {known.name.removeprefix('Linux ')}"
+    return known.with_(name=name, neighbour_prefetch=True)
 
 
 @dataclass

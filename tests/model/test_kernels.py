@@ -1,11 +1,13 @@
 """Each release by its rules: which differ, why, and which of them loses a write."""
 
+import errno
+
 import numpy as np
 import pytest
 from conftest import BASE, HARDWARE, log, make_vm, missed, reported
 
 from kvmbook import FlushPolicy, Hardware, Kernel, Outcome, SpteFormat, Vm
-from kvmbook.model import REMOVED_SPTE, SPTE_TDP_AD_DISABLED_MASK, check
+from kvmbook.model import REMOVED_SPTE, SPTE_TDP_AD_DISABLED_MASK, ClearYoung, ResetDirtyRings, check
 
 PML = HARDWARE["pml"]
 EVERY = pytest.mark.parametrize("kernel", Kernel.releases, ids=lambda kernel: kernel.name)
@@ -73,6 +75,9 @@ def test_the_rules_of_any_release_are_those_of_the_newest_that_is_not_newer(rele
         ("kicks_without_pml", "v6_8", False),
         ("clear_flush_young_flushes", "v6_13", False),
         ("pml_drains_oldest_first", "v6_14", True),
+        ("recovers_in_place", "v6_13", True),
+        ("ages_without_lock", "v6_15", True),
+        ("reset_stops_at_signal", "v6_17", True),
         ("flush", "v6_0", FlushPolicy.ALWAYS),
     ],
 )
@@ -207,3 +212,173 @@ def test_l1_is_not_concerned():
     log(vm)
     vm.vcpu[0].write(BASE)
     assert reported(vm) == [BASE] and missed(vm) == []
+
+
+# ---- v6.12: the quirk ------------------------------------------------------------------------------------------------
+
+
+@EVERY
+def test_without_slot_zap_all_a_delete_spares_the_other_slots(kernel):
+    vm = make_vm(HARDWARE["ept_ad"], kernel)
+    vm.set_user_memory_region(slot=1, base_gfn=0x1000, npages=1)
+    if not kernel.zaps_by_slot:
+        with pytest.raises(OSError, match="SLOT_ZAP_ALL") as refused:
+            vm.disable_quirk_slot_zap_all()
+        assert refused.value.errno == errno.EINVAL
+        return
+    for quirk in (True, False):
+        for gfn in (BASE, 0x1000):
+            vm.vcpu[0].write(gfn)
+        flushes = vm.counters.flushes
+        vm.set_user_memory_region(slot=0)
+        assert vm.counters.flushes == flushes + 1 and vm.level(BASE) == 0
+        assert vm.level(0x1000) == (not quirk)
+        assert vm.vcpu[0].write(BASE) is Outcome.MMIO
+        check(vm)
+        vm.set_user_memory_region(slot=0, base_gfn=BASE, npages=64)
+        vm.disable_quirk_slot_zap_all()
+
+
+# ---- v6.13: recovery in place, and faults that are over --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["ept_no_ad", "ept_ad", "pml", "npt"])
+def test_recovery_replaces_tables_in_place_with_one_flush_and_before_v6_13_it_zaps_each(name):
+    for kernel in (Kernel.v6_12, Kernel.v6_13):
+        vm = make_vm(HARDWARE[name], kernel, npages=1024, page_size="2M")
+        for gfn in (BASE + 3, BASE + 700):
+            vm.vcpu[0].write(gfn)
+        log(vm)
+        vm.vcpu[0].write(BASE + 3)
+        assert (vm.level(BASE + 3), vm.level(BASE + 700)) == (1, 1)
+        small, flushes = vm.spte(BASE), vm.counters.flushes
+        log(vm, on=False)
+        if kernel is Kernel.v6_12:
+            assert vm.counters.flushes == flushes + 2 and vm.level(BASE) == vm.level(BASE + 700) == 0
+            assert vm.vcpu[1].read(BASE + 9) is Outcome.SLOW_FAULT
+        else:
+            assert vm.counters.flushes == flushes + 1 and vm.level(BASE) == vm.level(BASE + 700) == 2
+            assert vm.spte(BASE + 9) == small | 1 << 7
+            assert vm.vcpu[1].read(BASE + 9) is Outcome.WALK
+        check(vm)
+        vm.vcpu[0].write(BASE + 9)
+        log(vm)
+        vm.vcpu[0].write(BASE + 9)
+        assert reported(vm) == [BASE + 9]
+        check(vm)
+
+
+def test_a_recovered_page_may_not_be_executed_if_no_huge_page_may():
+    vm = make_vm(HARDWARE["ept_ad"], Kernel.v6_13, npages=512, page_size="2M", nx_huge_pages=True)
+    log(vm)
+    vm.vcpu[0].fetch(BASE)
+    log(vm, on=False)
+    assert vm.level(BASE) == 2 and vm.fmt.hardware_rights(vm.spte(BASE)) == (True, True, False)
+    vm.vcpu[0].fetch(BASE)
+    assert vm.level(BASE) == 1
+
+
+@pytest.mark.parametrize("name", ["pml", "pml_legacy"])
+def test_of_two_faults_the_later_one_finds_its_access_allowed(name):
+    """Made again, the SPTE would be the same since v6.13; before, W=1 and D=0."""
+    for kernel in (Kernel.v6_12, Kernel.v6_13):
+        vm = make_vm(HARDWARE[name], kernel)
+        faults = []
+        for vcpu in vm.vcpu:
+            vcpu.attempt("read", BASE)
+            faults.append(vcpu.fault)
+        vm.run(faults[0])
+        first = vm.spte(BASE)
+        assert vm.run(faults[1]) is Outcome.SLOW_FAULT
+        assert (vm.spte(BASE) == first) == (kernel is Kernel.v6_13)
+        spurious = any(event.note == "spurious: allowed by now" for event in vm.log)
+        assert spurious == (kernel is Kernel.v6_13 and name == "pml")
+
+
+# ---- v6.15: ageing without mmu_lock ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", HARDWARE)
+def test_ageing_without_the_lock_ends_as_ageing_with_it(name):
+    for age in ("clear_young", "clear_flush_young"):
+        ended = []
+        for kernel in (Kernel.v6_14, Kernel.v6_15):
+            vm = make_vm(HARDWARE[name], kernel)
+            vm.vcpu[0].write(BASE)
+            assert [getattr(vm, age)(BASE, BASE + 2), getattr(vm, age)(BASE, BASE + 2)] == [True, False]
+            assert not vm.test_young(BASE, BASE + 2) and vm.counters.flushes == 0
+            ended.append((vm.spte(BASE), vm.spte(BASE + 1)))
+        assert ended[0] == ended[1]
+
+
+def test_ageing_takes_no_lock_and_a_failed_exchange_counts_as_young():
+    vm = make_vm(HARDWARE["ept_no_ad"], Kernel.v6_15)
+    vm.vcpu[0].read(BASE)
+    vm.clear_young(BASE, BASE + 1)
+    vm.vcpu[0].evict(BASE)
+    vm.vcpu[0].read(BASE)  # restored: readable, young, not writable
+    ageing = vm.start(ClearYoung(BASE, BASE + 1))
+    vm.step(ageing)
+    assert ageing.lock is None and not ageing.waits_for(vm, ageing.todo[0])
+    vm.vcpu[1].write(BASE)  # the fast path comes in between
+    writable = vm.spte(BASE)
+    assert vm.run(ageing) is True
+    assert vm.spte(BASE) == writable and vm.fmt.is_writable_pte(writable)
+    assert "1 changed meanwhile" in str(vm.log[-1])
+    with_lock = make_vm(HARDWARE["ept_no_ad"], Kernel.v6_14)
+    assert with_lock.start(ClearYoung(BASE, BASE + 1)).wants_lock("kvm_age_gfn") == "write"
+
+
+def test_a_bit_is_cleared_in_whatever_is_there_by_now():
+    vm = make_vm(HARDWARE["npt"], Kernel.v6_15)
+    vm.vcpu[0].read(BASE)
+    ageing = vm.start(ClearYoung(BASE, BASE + 1))
+    vm.step(ageing)
+    log(vm)  # W goes in between, and stays away
+    assert vm.run(ageing) is True
+    assert not vm.fmt.is_writable_pte(vm.spte(BASE)) and not vm.test_young(BASE, BASE + 1)
+    ageing = vm.start(ClearYoung(BASE, BASE + 1))
+    vm.invalidate_range(BASE, BASE + 1)
+    vm.run(ageing)
+    assert vm.spte(BASE) == VE
+
+
+# ---- v6.17: a signal during KVM_RESET_DIRTY_RINGS --------------------------------------------------------------------
+
+
+def harvested(kernel, hardware=HARDWARE["ept_ad"], pages=(0, 1)):
+    vm = Vm(hardware, kernel)
+    vm.enable_dirty_ring(16384)
+    vm.set_user_memory_region(slot=0, base_gfn=BASE, npages=256)
+    log(vm)
+    for page in pages:
+        vm.vcpu[0].write(BASE + page)
+    assert len(vm.vcpu[0].dirty_ring.harvest()) == len(pages)
+    return vm
+
+
+@EVERY
+def test_a_signal_during_a_reset_loses_the_entries_that_were_gathered_last(kernel):
+    vm = harvested(kernel, pages=(0, 1, 200))
+    reset = vm.start(ResetDirtyRings())
+    vm.step(reset)  # pages 0 and 1 are freed
+    reset.signal_pending = True
+    freed = vm.run(reset)
+    vm.vcpu[0].write(BASE)
+    if kernel in Kernel.releases[Kernel.releases.index(Kernel.v6_17) :]:
+        assert freed == 2 and missed(vm) == [BASE]
+        assert vm.reset_dirty_rings() == 1  # the rest; page 0 is in no ring
+        assert vm.vcpu[0].dirty_ring.harvest() == []
+    else:
+        assert freed == 3 and missed(vm) == []
+        assert vm.vcpu[0].dirty_ring.harvest() == [(0, 0)]
+
+
+def test_a_signal_before_or_after_loses_nothing():
+    vm = harvested(Kernel.v6_17)
+    assert vm.run(ResetDirtyRings(signal_pending=True)) == 0
+    assert vm.reset_dirty_rings() == 2
+    vm.vcpu[0].write(BASE)
+    assert missed(vm) == []
+    repaired = harvested(Kernel.v6_17.with_(reset_stops_at_signal=False))
+    assert repaired.run(ResetDirtyRings(signal_pending=True)) == 2

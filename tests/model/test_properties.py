@@ -1,7 +1,7 @@
 """Random operations, whole and step by step, on every kind of hardware: all invariants after each step.
 
-`Kernel.v6_0` keeps all of them. `Kernel.v5_19` on EPT without A/D bits does not: the last test says that the same search
-finds a lost write there, so that it could have found one here.
+`Kernel.v6_0` and `Kernel.v6_18` keep all of them. `Kernel.v5_19` on EPT without A/D bits does not: the last test says that
+the same search finds a lost write there, so that it could have found one here.
 """
 
 from contextlib import suppress
@@ -225,9 +225,10 @@ QUICK = settings(
 )
 
 
+@pytest.mark.parametrize("kernel", [Kernel.v6_0, Kernel.v6_18], ids=lambda kernel: kernel.name)
 @pytest.mark.parametrize("name", HARDWARE)
-def test_v6_0_never_loses_a_write(name):
-    machine = type(f"On_{name}", (AnyVm,), {"hardware_names": (name,)})
+def test_v6_0_and_v6_18_never_lose_a_write(name, kernel):
+    machine = type(f"On_{name}", (AnyVm,), {"hardware_names": (name,), "kernel": kernel})
     run_state_machine_as_test(machine, settings=QUICK)
 
 
