@@ -242,7 +242,7 @@ class ResetDirtyRings(Operation):
         """Arm its pages again. (A signal is looked for before each entry, and so before this.)
         Source: virt/kvm/dirty_ring.c, v5.19."""
         self.todo = ["kvm_dirty_ring_reset"]
-        if self._stops(m):
+        if self._stops(m) and m.kernel.reset_forgets_at_signal:
             return "a signal: not armed"
         slot = m.memslots.find(self.batch[0][0], m.hardware.address_spaces)
         pages = sorted({offset for _, offset in self.batch})

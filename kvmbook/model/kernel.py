@@ -118,8 +118,11 @@ class Kernel:
     """user space can switch the quirk SLOT_ZAP_ALL off: then DELETE and MOVE zap only the slot's leaves. mmu/mmu.c:
     kvm_mmu_zap_memslot_leafs()."""
     reset_stops_at_signal: bool = switch(False, v6_17=(True, "530a8ba71b4c, 49005a2a3d2a, 1333c35c4eea"))
-    """KVM_RESET_DIRTY_RINGS stops at a signal and returns how many entries it freed; those that it gathered last it has freed
-    and does not arm again. virt/kvm/dirty_ring.c: kvm_dirty_ring_reset()."""
+    """KVM_RESET_DIRTY_RINGS stops at a signal and returns how many entries it freed. virt/kvm/dirty_ring.c:
+    kvm_dirty_ring_reset()."""
+    reset_forgets_at_signal: bool = switch(False, v6_17=(True, "49005a2a3d2a"))
+    """a KVM_RESET_DIRTY_RINGS that stops does not arm the entries that it gathered last, though it has freed them (off is
+    the repair). virt/kvm/dirty_ring.c: kvm_dirty_ring_reset()."""
     neighbour_prefetch: bool = switch(False)
     """a fault in the legacy MMU also maps up to seven neighbours (every release; off here, so that the pages of a run
     have nothing to do with each other; on, to compare with a real machine). mmu/mmu.c: direct_pte_prefetch()."""

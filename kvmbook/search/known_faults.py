@@ -32,6 +32,7 @@ KNOWN_FAULTS = (
     Fault("CLEAR compares addresses rounded up", "clear_compares_rounded_up", False),
     Fault("CLEAR's split forgets the last page", "clear_split_forgets_last", False),
     Fault("INITIALLY_SET protects nothing, with a ring too", "ring_skips_protection", False),
+    Fault("RESET forgets what it freed at a signal", "reset_forgets_at_signal", False),
     Fault("a mark on nobody's behalf is dropped", "marks_without_vcpu", True),
     Fault(
         "clear-dirty takes D for W's place in every root", "spte_rules", Kernel.v6_9.spte_rules, Kernel.v6_4.spte_rules

@@ -15,7 +15,7 @@ from kvmbook.search.configurations import OPTIONS, Configuration, Slot
 from kvmbook.search.known_faults import REPAIRED, fault_of, loses, repaired
 from kvmbook.search.playing import Call, Cleared
 from kvmbook.search.recorder import Recorder
-from kvmbook.search.userspace import Play
+from kvmbook.search.userspace import INTERRUPTED, Play
 
 SLOT = re.compile(r"(\d+) pages from gfn (0x[0-9a-f]+), the host's of (\w+); runs are about (\d+(?:, \d+)*)")
 RUN, LOST = "run:", "lost: "
@@ -75,6 +75,8 @@ class Litmus:
     def to_script(self) -> str:
         """Python that makes the run on a real KVM, call by call, and says what was reported of what was written.
         ValueError for what no user space can make happen."""
+        if any(call.what == INTERRUPTED for call in self.run):
+            raise ValueError("no script makes a signal come at a given moment")
         scribe = Scribe(self.configuration.bare())
         made, c = self.made_on(scribe), self.configuration
         differs = sorted(made.differs)

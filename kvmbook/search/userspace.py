@@ -18,10 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from kvmbook.model import PG_LEVEL_4K, DirtyRing, PageTable, Vm
+from kvmbook.model import PG_LEVEL_4K, DirtyRing, PageTable, ResetDirtyRings, Vm
 from kvmbook.search.configurations import Configuration
 from kvmbook.search.playing import Call, Cleared
 
+INTERRUPTED = "resets, and a signal comes"
 ELSEWHERE = 1 << 18  # how many gfns a slot is moved up, and back: aligned as it was
 
 
@@ -78,6 +79,7 @@ class Play:
         if self.logs and c.ring:
             calls += [Call("user space", "harvests", ring=number) for number in range(self.used)]
             calls += [Call("user space", "resets")]
+            calls += [Call("user space", INTERRUPTED)] * self.configuration.kernel.reset_stops_at_signal
         elif self.logs:
             calls += [Call("user space", "gets")]
             calls += [Call("user space", "clears", cleared=cleared) for cleared in self._clearable()]
@@ -105,7 +107,9 @@ class Play:
 
     def do(self, call: Call) -> None:
         """Make the call, and keep the books."""
-        if call.who == "user space":
+        if call.what == INTERRUPTED:
+            self.resets_until_a_signal()
+        elif call.who == "user space":
             getattr(self, call.what)(call)
         elif call.who == "host":
             gfn = self._gfn_of(call)
@@ -184,6 +188,16 @@ class Play:
         self.vm.reset_dirty_rings()
         self.differs -= self.harvested
         self.harvested = set()
+
+    def resets_until_a_signal(self) -> None:
+        """The signal comes when the first entries have been freed. User space sees by the count how many they were."""
+        reset = self.vm.start(ResetDirtyRings())
+        self.vm.step(reset)
+        reset.signal_pending = True
+        self.vm.run(reset)
+        freed = {page for _, page in reset.taken}
+        self.differs -= freed
+        self.harvested -= freed
 
     # ---- what came of it --------------------------------------------------------------------------------------------
 

@@ -78,6 +78,7 @@ def test_the_rules_of_any_release_are_those_of_the_newest_that_is_not_newer(rele
         ("recovers_in_place", "v6_13", True),
         ("ages_without_lock", "v6_15", True),
         ("reset_stops_at_signal", "v6_17", True),
+        ("reset_forgets_at_signal", "v6_17", True),
         ("flush", "v6_0", FlushPolicy.ALWAYS),
     ],
 )
@@ -380,5 +381,15 @@ def test_a_signal_before_or_after_loses_nothing():
     assert vm.reset_dirty_rings() == 2
     vm.vcpu[0].write(BASE)
     assert missed(vm) == []
-    repaired = harvested(Kernel.v6_17.with_(reset_stops_at_signal=False))
-    assert repaired.run(ResetDirtyRings(signal_pending=True)) == 2
+    earlier = harvested(Kernel.v6_17.with_(reset_stops_at_signal=False))
+    assert earlier.run(ResetDirtyRings(signal_pending=True)) == 2
+
+
+def test_a_reset_that_arms_before_it_stops_loses_nothing():
+    vm = harvested(Kernel.v6_17.with_(reset_forgets_at_signal=False), pages=(0, 1, 200))
+    reset = vm.start(ResetDirtyRings())
+    vm.step(reset)
+    reset.signal_pending = True
+    assert vm.run(reset) == 2
+    vm.vcpu[0].write(BASE)
+    assert missed(vm) == [] and vm.vcpu[0].dirty_ring.harvest() == [(0, 0)]

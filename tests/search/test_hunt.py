@@ -27,11 +27,12 @@ from kvmbook.search import (
 )
 from kvmbook.search.configurations import HARDWARE, LARGE, OPTIONS, SMALL
 
-FLUSH, ROUNDED, FORGETS, RING, DROPPED, ALL_ROOTS = (fault.name for fault in KNOWN_FAULTS)
+FLUSH, ROUNDED, FORGETS, RING, SIGNAL, DROPPED, ALL_ROOTS = (fault.name for fault in KNOWN_FAULTS)
 MET = {  # each fault: where it is met by runs of so many calls
     FLUSH: (Configuration(Kernel.v5_19, Hardware.ept(ad_bits=False)), 4),
     ROUNDED: (Configuration(Kernel.v6_18, Hardware.npt(), eager_page_split=False, manual=3, slot=LARGE[1]), 4),
     RING: (Configuration(Kernel.v6_18, Hardware.shadow(), manual=3, ring=True), 3),
+    SIGNAL: (Configuration(Kernel.v6_18, Hardware.npt(), ring=True), 5),
     DROPPED: (Configuration(Kernel.v6_1, Hardware.npt()), 2),
     ALL_ROOTS: (Configuration(Kernel.v6_4, Hardware.ept(pml=True), nested="tdp"), 3),
 }
@@ -75,7 +76,7 @@ def test_which_release_has_which_fault():
     has = {kernel.name: [fault.name for fault in faults_in(kernel)] for kernel in Kernel.releases}
     assert has["Linux v5.19"] == [FLUSH, ROUNDED, FORGETS, RING, DROPPED]
     assert ALL_ROOTS in has["Linux v6.4"] and ALL_ROOTS in has["Linux v6.8"] and ALL_ROOTS not in has["Linux v6.9"]
-    assert has["Linux v6.18"] == [ROUNDED, RING]
+    assert has["Linux v6.18"] == [ROUNDED, RING, SIGNAL]
     assert not any(faults_in(repaired(kernel)) for kernel in Kernel.releases)
 
 
@@ -209,11 +210,13 @@ def test_the_script_makes_the_run_on_another_vm(found, fault, monkeypatch, capsy
     assert capsys.readouterr().out == f"lost: {list(found[fault].lost)}\n"
 
 
-@pytest.mark.parametrize(("fault", "why"), [(DROPPED, "kvm_write_guest"), (ALL_ROOTS, "run a nested guest")])
+@pytest.mark.parametrize(
+    ("fault", "why"), [(DROPPED, "kvm_write_guest"), (SIGNAL, "a signal"), (ALL_ROOTS, "run a nested guest")]
+)
 def test_no_script_for_what_user_space_cannot_do(found, fault, why):
     with pytest.raises(ValueError, match=why):
         found[fault].to_script()
-    with pytest.raises(ValueError, match=r"plays|nested"):
+    with pytest.raises(ValueError, match=r"plays|nested|signal"):
         found[fault].to_selftest()
 
 
