@@ -25,8 +25,10 @@ from tools.reading import deliver, folders, server, trust
 
 PATIENCE = 60  # seconds, for whatever a loaded machine may do slowly
 RUN = 180  # seconds, for a chapter
-# Cells off screen are there too, and JupyterLab asks nobody for news.
+# Cells off screen are there too; nothing is saved, for the panels of a notebook that was are gone until it is run; and
+# JupyterLab asks nobody for news.
 SETTINGS = {
+    "docmanager-extension/plugin": {"autosave": False},
     "notebook-extension/tracker": {"windowingMode": "none"},
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
 }

@@ -92,7 +92,7 @@ class Chapters:
     def start(self, page, notebook):
         """Open a chapter, see that its panels are there before anything is run, and have it run."""
         self.lab.open(page, notebook)
-        expect(page.locator(WIDGET)).to_have_count(widgets_in(ROOT / notebook))
+        expect(page.locator(WIDGET)).to_have_count(widgets_in(self.lab.book / notebook))
         self.lab.start_running(page, notebook)
 
     def close(self, notebook):
@@ -140,7 +140,7 @@ def asked_in(notebook, prefix):
 
 
 def widgets_in(path):
-    """How many widgets the stored outputs of a notebook show. (Not of JupyterLab's copy, which it saves now and then.)"""
+    """How many widgets the stored outputs of a notebook show."""
     return sum(
         "application/vnd.jupyter.widget-view+json" in output.get("data", {})
         for cell in json.loads(path.read_text())["cells"]
@@ -302,9 +302,9 @@ def test_a_chapter_opens_runs_and_can_be_played_with(notebook, lab, chapter):
     guesses = {guess.title: guess for guess in asked_in(notebook, "guess_")}
     lab.wait_until_run(page)
     assert not errors_in(page)
-    expect(page.locator(WIDGET)).to_have_count(widgets_in(ROOT / notebook))
+    expect(page.locator(WIDGET)).to_have_count(widgets_in(lab.book / notebook))
     assert page.locator(PANEL).count()
-    runs = iter(runs_in(ROOT / notebook))
+    runs = iter(runs_in(lab.book / notebook))
     for panel in page.locator(PANEL).all():
         if live := live_panels().get(title_of(panel)):
             play(panel, live)
