@@ -7,7 +7,7 @@ import pytest
 from conftest import BASE, HARDWARE, log, make_vm, missed, reported
 
 from kvmbook import FlushPolicy, Hardware, Kernel, Outcome, SpteFormat, Vm
-from kvmbook.model import REMOVED_SPTE, SPTE_TDP_AD_DISABLED_MASK, ClearYoung, ResetDirtyRings, check
+from kvmbook.model import REMOVED_SPTE, SPTE_TDP_AD_DISABLED_MASK, ClearYoung, ResetDirtyRings, arrays, check, each
 
 PML = HARDWARE["pml"]
 EVERY = pytest.mark.parametrize("kernel", Kernel.releases, ids=lambda kernel: kernel.name)
@@ -154,6 +154,18 @@ def test_since_v6_10_an_empty_entry_is_b63_and_a_present_one_has_it_in_ept_only(
         assert vm.spte(BASE) == ve
         assert vm.vcpu[0].write(BASE) is Outcome.SLOW_FAULT
         check(vm)
+
+
+@pytest.mark.parametrize("name", ["ept_no_ad", "ept_ad"])
+def test_the_compiled_form_of_a_later_helper_says_the_same(name, monkeypatch):
+    fmt = Kernel.v6_18.spte_format(HARDWARE[name].format)
+    fresh = fmt.make_spte(PFN, ad_type=TYPE_1).spte
+    words = np.array([fresh, fmt.mark_spte_for_access_track(fresh), fresh & ~0b10, fmt.make_spte(PFN).spte], np.uint64)
+    helpers = [fmt.is_accessed_spte, fmt.mmu_spte_age, fmt.spte_write_protect, fmt.spte_has_volatile_bits]
+    plain = [each(helper, words) for helper in helpers]
+    monkeypatch.setattr(arrays, "LARGE", 1)
+    for helper, said in zip(helpers, plain, strict=True):
+        assert np.array_equal(each(helper, words), said)
 
 
 # ---- v6.4 to v6.8: the TDP MMU asks whether KVM uses A/D bits, for all roots -----------------------------------------

@@ -6,7 +6,8 @@ import pytest
 from conftest import HARDWARE
 
 from kvmbook import FlushPolicy, Kernel
-from kvmbook.search import AnyNumber, Cells, Grain, explore
+from kvmbook.model import ClearYoung
+from kvmbook.search import AnyNumber, Cells, Grain, explore, plain_search, smallest_vm
 
 OLD = Kernel.releases[: Kernel.releases.index(Kernel.v6_13)]
 NEW = Kernel.releases[Kernel.releases.index(Kernel.v6_13) :]
@@ -81,3 +82,15 @@ def test_since_v6_13_reclaim_alone_leads_to_the_seeds_bug():
     found = explore(no_ad, Kernel.v6_13.with_(flush=IF_CHANGED), without=["ages"])
     assert len(found.trace) == 15
     assert "ages and flushes" in {action.what for action in found.trace}
+
+
+@pytest.mark.parametrize("name", ["ept_no_ad", "ept_no_ad_legacy", "npt"])
+def test_ageing_without_the_lock_loses_nothing_wherever_its_exchange_falls(name):
+    """From a mapped page, with the two steps of one ageing in flight: every interleaving with all others."""
+    for rule in (FlushPolicy.ALWAYS, IF_CHANGED):
+        vm = smallest_vm(HARDWARE[name], Kernel.v6_15.with_(flush=rule))
+        gfn = vm.memslots.slots[0, 0].base_gfn
+        vm.vcpu[0].read(gfn)
+        vm.start(ClearYoung(gfn, gfn + 1))
+        found = plain_search(vm, without=["ages", "ages and flushes", "disables"])
+        assert (found.trace is None) == (rule is FlushPolicy.ALWAYS or name == "npt")
