@@ -2,8 +2,8 @@
 
 `enabling` is the story of chapters 01 and 08, `slots` of chapter 02, `words` and `decoding` of chapter 03, `remembering`
 of chapter 04, `writes` of chapter 05, `ageing` of chapter 06, `faulting` of chapter 07, `reasons` of chapter 09, `beside`
-of chapter 15; `runs` retells any run moment by moment. For notebooks, for views, which draw the results, and for
-exercises, which ask about them.
+of chapter 15, `losses` of chapter 16; `runs` retells any run moment by moment. For notebooks, for views, which draw the
+results, and for exercises, which ask about them.
 """
 
 from kvmbook.model import (
@@ -71,6 +71,23 @@ from kvmbook.scenes.faulting import (
     harvest_before,
     page_now,
     two_faults_at,
+)
+from kvmbook.scenes.losses import (
+    BORDER,
+    COMPARISONS,
+    CONDITIONS,
+    HUGE,
+    NAMED,
+    TESTS,
+    WORD,
+    each_set_of_conditions,
+    loses_under,
+    losing_pairs,
+    lost_by_model,
+    named_bits,
+    overlooked,
+    retell_litmus,
+    up,
 )
 from kvmbook.scenes.reasons import (
     ACTS,

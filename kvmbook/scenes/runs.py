@@ -86,22 +86,25 @@ def _now(
     )
 
 
-def now_of(vm: Vm) -> Now:
-    """How slot 0 of a VM looks now, all its vCPUs, and the ioctl under way."""
+def now_of(vm: Vm, numbers: Iterable[int] = ()) -> Now:
+    """How slot 0 of a VM looks now, or these pages of it; all its vCPUs, and the ioctl under way. Where writes go to rings, a
+    page's bit says whether one of them has it."""
     slot, missed = vm.memslots.slots[0, 0], set(vm.missed_dirty(0).tolist())
+    noted = {page for vcpu in vm.vcpus if vcpu.dirty_ring is not None for page in vcpu.dirty_ring.news}
     operation = ioctl_of(vm)
     taken = getattr(operation, "taken", ())
     pages = [
         _page(
             vm.fmt,
             vm.spte(gfn),
-            str(int(slot.test_bit(gfn))) if slot.logs_dirty else "-",
+            str(int(slot.test_bit(gfn) or (0, number) in noted)) if slot.logs_dirty else "-",
             gfn in taken,
             [vcpu.tlb.lookup("L1", gfn) for vcpu in vm.vcpus],
             [gfn in vcpu.pml for vcpu in vm.vcpus],
             gfn in missed,
         )
-        for gfn in range(slot.base_gfn, slot.end_gfn)
+        for number in numbers or range(slot.npages)
+        for gfn in [slot.base_gfn + number]
     ]
     faults = [
         f"{op.kind} fault on page {op.gfn - slot.base_gfn} at {op.todo[0]}"
@@ -132,10 +135,12 @@ class RunMoment:
 
 @dataclass(frozen=True)
 class Run:
-    """A run from its ``start``."""
+    """A run from its ``start``. ``numbers``: of the pages that it tells of, all by default; ``log``: what notes writes."""
 
     start: Now
     moments: tuple[RunMoment, ...]
+    numbers: tuple[int, ...] = ()
+    log: str = "bit"
 
     @property
     def actors(self) -> list[str]:

@@ -23,6 +23,7 @@ from kvmbook.views.inspector import (
     parse,
     spte_inspector,
 )
+from kvmbook.views.losses_panel import which_word_loses, word_picture
 from kvmbook.views.panel import Again, Panel, View, search_progress, step_through
 from kvmbook.views.quiz import Quiz
 from kvmbook.views.reasons_panel import may_w_come_back

@@ -63,15 +63,15 @@ def _columns(run: Run) -> list[Column]:
         x = columns[-1].x + columns[-1].width + GAP if columns else 0
         columns.append(Column((title, under), about, x, width, tuple(states)))
 
-    pages, vcpus = len(run.start.pages), len(run.start.faults)
-    for page in range(pages):
-        views = [now.pages[page] for now in nows]
+    numbers, vcpus = run.numbers or tuple(range(len(run.start.pages))), len(run.start.faults)
+    for place, page in enumerate(numbers):
+        views = [now.pages[place] for now in nows]
         add("SPTE of", f"page {page}", ("SPTE", page), STATE, (view.spte for view in views))
         for v in range(vcpus):
             seen = [STALE * view.stale[v] + view.tlb[v] for view in views]
-            add("TLB of", f"vCPU{v}" + f", page {page}" * (pages > 1), (f"vCPU{v}", page), STATE, seen)
+            add("TLB of", f"vCPU{v}" + f", page {page}" * (len(numbers) > 1), (f"vCPU{v}", page), STATE, seen)
         bits = ("PML" if any(view.pml) and view.bit != "1" else view.bit for view in views)
-        add("log", "bit", ("log", page), BIT, bits)
+        add("log" if run.log == "bit" else "", run.log, ("log", page), BIT, bits)
     return columns
 
 
