@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from kvmbook.real import differ, questions, trace
+from kvmbook.real import differ, interrupted, questions, trace
 from kvmbook.real.device import NoKvm, no_room
 from kvmbook.real.offers import as_text, ask_machine
 
@@ -23,12 +23,14 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "ask": questions.show_answers,
     "differ": differ.show_differences,
     "record": differ.make_recording,
+    "interrupt": interrupted.show_interrupted,
     "trace": trace.show_trace,
 }
 ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "ask": questions.add_arguments,
     "differ": differ.add_arguments,
     "record": differ.add_recording_arguments,
+    "interrupt": interrupted.add_arguments,
     "trace": trace.add_arguments,
 }
 
