@@ -11,6 +11,7 @@ from kvmbook.exercises.ch02 import calls_02_1
 from kvmbook.exercises.ch03 import check_03_1, found_word, history
 from kvmbook.exercises.ch05 import writes_05_3
 from kvmbook.exercises.ch09 import words_09_1
+from kvmbook.exercises.ch16 import words_16_1
 from kvmbook.model import FlushPolicy, Outcome
 from kvmbook.scenes import BASE_GFN, measure, missed_against_aged, missed_per_harvest
 from kvmbook.views import (
@@ -22,6 +23,7 @@ from kvmbook.views import (
     one_write_four_ways,
     spte_inspector,
     which_errno,
+    which_word_loses,
     who_flushes_where,
     who_remembers_what,
     word_by_word,
@@ -147,6 +149,15 @@ CLICKS = {
             "The machine cannot run this to its end.",
         ),
     ],
+    which_word_loses: [
+        ({}, "the model loses the write to page 1 of the word."),
+        (
+            {"a_2M_page_begins_at_bit": "63", "CLEAR_names": "all 64 pages"},
+            "Overlooked by: rounded up (since v5.14).",
+        ),
+        ({"CLEAR_names": "its first page alone"}, "No rule overlooks a huge page."),
+        ({"a_2M_page_begins_at_bit": "0, as the word does"}, None),
+    ],
 }
 
 
@@ -209,11 +220,11 @@ def test_the_misconceptions_are_wrong():
     assert not vm.host.dirty
     vm.clear_young(BASE_GFN, BASE_GFN + 16)
     assert vm.host.dirty
-    assert len(re.findall(r'^\| "', PAGE.read_text(), re.M)) == 21
+    assert len(re.findall(r'^\| "', PAGE.read_text(), re.M)) == 22
 
 
 def test_seeds_1_to_300_give_different_tasks_and_a_check_can_mark():
-    for variant in (calls_02_1, found_word, history, writes_05_3, words_09_1):
+    for variant in (calls_02_1, found_word, history, writes_05_3, words_09_1, words_16_1):
         assert len({str(variant(seed=seed)) for seed in range(1, 301)}) == 300
     right = {"pfn": 0xC2C954, "type": 1, "W": 0, "MW": 1, "young": True, "state": "write-protected"}
     assert check_03_1.__wrapped__(right, seed=1) == "" and check_03_1.__wrapped__({**right, "W": 1}, seed=1)
