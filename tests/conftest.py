@@ -132,6 +132,8 @@ def pages(tmp_path_factory, request):
         return built if built.exists() else book.build(shared / "pages", stored=True)
 
 
+# anywidget gives a panel two seconds to begin, and does not show it if it takes longer: on a loaded machine it may.
+PATIENT = "const asked = AbortSignal.timeout.bind(AbortSignal); AbortSignal.timeout = (ms) => asked(30 * ms);"
 LEFT = "net::ERR_ABORTED"  # what a request ends with whose page is left before it is answered, as of its icon
 
 
@@ -140,6 +142,7 @@ class Visit:
 
     def __init__(self, browser, home, **options):
         self.context = browser.new_context(**options)
+        self.context.add_init_script(f"{{ {PATIENT} }}")
         self.page = self.context.new_page()
         self.foreign, self.errors = [], []
         own = (home, "data:", "blob:", "about:")
