@@ -171,6 +171,7 @@ def test_gcc_has_nothing_to_say(made, form, gcc, tmp_path):
 def test_a_title_may_say_anything_and_the_comment_ends_where_it_ends(form, gcc, tmp_path):
     recorder = Recorder(Vm(NO_AD, Kernel.v5_19), title="half */ a /* comment\nand #error a second line")
     recorder.set_user_memory_region(slot=0, base_gfn=0x200, npages=4)
+    recorder.set_user_memory_region(slot=0, base_gfn=0x200, npages=4, log_dirty_pages=True)
     recorder.vcpu[0].write(0x200)
     (tmp_path / "run.c").write_text(recorder.to_selftest(form))
     with_stubs = [f"-I{STUBS}"] if form == "kselftest" else []
