@@ -1,4 +1,4 @@
-"""The drafts of reports: each one's run loses what it says, and nothing with the repair that it proposes."""
+"""The drafts of reports: a run that one has loses what it says, and nothing with the repair that it proposes."""
 
 import pathlib
 import re
@@ -14,9 +14,8 @@ DRAFTS = {"clear-initially-set-huge-page": "clear_compares_rounded_up", "ring-in
 
 
 def test_every_draft_is_listed():
-    assert {path.stem for path in REPORTS.glob("*.md")} == {"README", *DRAFTS}
     listed = re.findall(r"^\| \[([\w-]+)\.md\]\(\1\.md\)", (REPORTS / "README.md").read_text(), re.M)
-    assert set(listed) == set(DRAFTS)
+    assert {path.stem for path in REPORTS.glob("*.md")} == {"README", *listed} and set(DRAFTS) < set(listed)
 
 
 @pytest.mark.parametrize("draft", DRAFTS)
