@@ -131,6 +131,12 @@ def _ring_loss(machine: Offers) -> str | None:
     return _initially_set(machine) or (None if machine.ring_size else "needs dirty rings, which Linux has since v5.11")
 
 
+def _signal_loss(machine: Offers) -> str | None:
+    if not machine.since(6, 17):
+        return f"is so since v6.17, and this is {machine.release}"
+    return None if machine.ring_size else "needs dirty rings"
+
+
 def _clear_loss(machine: Offers) -> str | None:
     if not machine.huge_pages:
         return "needs transparent huge pages"
@@ -149,8 +155,9 @@ CLAIMS = (
     Claim("7", "faults counted, fast and slow", _counted),
     Claim("8", "enabling always asks for one flush", _flush_of_v6_0),
     Claim("10, 11", "every interleaving", lambda m: "only a model can be made to take every one"),
-    Claim("15", "lost today: a ring, and initially set", _ring_loss),
-    Claim("15", "lost today: CLEAR and a 2M page", _clear_loss),
+    Claim("15, 16", "lost today: a ring, and initially set", _ring_loss),
+    Claim("16", "lost today: a reset, and a signal", _signal_loss),
+    Claim("15, 16", "lost today: CLEAR and a 2M page", _clear_loss),
 )
 
 
