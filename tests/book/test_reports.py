@@ -27,7 +27,9 @@ def test_the_run_loses_what_it_says_by_the_fault_that_is_described(draft):
     assert litmus.fault == fault.name
     cured = litmus.configuration.kernel.with_(**fault.repair(litmus.configuration.kernel))
     assert not loses(litmus.configuration.with_(kernel=cured), litmus.run)
-    assert "LOST" in litmus.to_selftest() and "vm.vcpu[0].write(0x400)" in litmus.to_script()
+    assert "vm.vcpu[0].write(0x400)" in litmus.to_script()
+    assert (REPORTS / f"{draft}.c").read_text() == litmus.to_selftest(), "a later kvmbook writes another program"
+    assert f"[{draft}.c]({draft}.c)" in (REPORTS / f"{draft}.md").read_text()
 
 
 def test_how_many_combinations_are_wrong():
