@@ -127,13 +127,12 @@ CONDITIONS = {
     "huge": "the host has it on huge pages",
     "mapped": "the guest has used it before logging begins",
     "bit 1": "all bits are set at first (INITIALLY_SET)",
-    "sparse": "a CLEAR ends, in a word, with a huge page's first",
+    "sparse": "the first CLEAR ends, in a word, with a huge page's first",
     "unsplit": "KVM does not split huge pages first",
 }
-# What the kernel's own tests have of it, where the machine is as bad as they let it be.
+# What the kernel's own tests of the bitmap have of it, where the machine is as bad as they let it be.
 TESTS = {
     "dirty_log_test, clear-log": {"odd base", "bit 1", "unsplit"},
-    "dirty_log_test, dirty-ring": {"odd base", "unsplit"},
     "dirty_log_perf_test, huge pages": {"huge", "mapped", "bit 1", "unsplit"},
     "dirty_log_page_splitting_test": {"huge", "mapped", "bit 1"},
     "a run of 2021, on the list": {"odd base", "mapped", "bit 1", "unsplit"},
