@@ -89,10 +89,9 @@ class Lab:
         """Wait until all cells have run, or one of them has failed."""
         page.locator("body[data-kvmbook-ran]").wait_for(state="attached", timeout=RUN * 1000)
 
-    def close(self, page: Page, notebook: str) -> None:
-        """Close the notebook that a page shows, unsaved, and end its kernel. JupyterLab stays, for the next one."""
+    def close(self, page: Page) -> None:
+        """Close the notebook that a page shows, unsaved. Its kernel stays, and JupyterLab, for the next one."""
         page.evaluate(CLOSE)
-        self.shut_down(notebook)
 
     def shut_down(self, notebook: str) -> None:
         """End the notebook's kernel."""
