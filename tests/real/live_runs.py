@@ -20,12 +20,14 @@ from kvmbook.real import (
     RING_GFN,
     ModelVm,
     RealVm,
+    Rounds,
     Seen,
     as_hardware,
     as_kernel,
     ask_machine,
     clear_reports,
     device,
+    forgotten,
     ring_reports,
 )
 from kvmbook.real.__main__ import main
@@ -428,6 +430,14 @@ def a_clear_forgets_the_huge_page_that_begins_at_its_last_gfn():
                 assert clear_reports(vm, **asked) == reported, asked
                 assert vm.value(written) == vm.vcpu[0].value  # memory has it
                 assert vm.counters["pages_2m"] == (not reported)
+
+
+def a_reset_that_a_signal_stops_forgets_what_it_freed():
+    rounds = Rounds.made(5)
+    stops = rounds.machine.since(6, 17)
+    for one in rounds.with_signal:
+        assert one.lost == (forgotten(one.freed, rounds.pages) if stops else ()), one
+    assert rounds.losing[1] == 0
 
 
 def two_hundred_sequences_without_a_difference():

@@ -1,9 +1,6 @@
 """What a signal during KVM_RESET_DIRTY_RINGS loses: the rounds that were recorded, held against the model's rule."""
 
 import json
-import sys
-
-from live_kvm import in_time, usable_machine, when_asked
 
 from kvmbook import Hardware, Kernel, Vm
 from kvmbook.model import ResetDirtyRings
@@ -54,16 +51,3 @@ def test_rounds_are_kept_and_read_back(tmp_path):
         "with_signal",
         "without",
     }
-
-
-@when_asked
-def test_this_machine_obeys_the_rule(tmp_path):
-    machine = usable_machine()
-    said, code = in_time(
-        sys.executable, "-m", "kvmbook.real", "interrupt", "--rounds", "5", "--keep", str(tmp_path / "rounds.json")
-    )
-    assert code == 0, said
-    rounds = Rounds.kept(tmp_path / "rounds.json")
-    stops = machine.since(6, 17)
-    assert all(one.lost == (forgotten(one.freed, rounds.pages) if stops else ()) for one in rounds.with_signal)
-    assert rounds.losing[1] == 0
