@@ -439,27 +439,35 @@ def fields_that_change(kind: type) -> tuple[str, ...]:
     return tuple(each.name for each in fields(kind)) if changes else ()
 
 
+@functools.cache
+def never_changes(kind: type) -> bool:
+    """Whether objects of this kind can be shared by copies."""
+    return kind in PLAIN or issubclass(kind, NEVER_CHANGE) or (is_dataclass(kind) and not fields_that_change(kind))
+
+
 def copied(value: Any, memo: dict[int, Any]) -> Any:
     """What ``copy.deepcopy`` makes, but fast: keys and what is frozen are shared. ``memo``: what is copied already."""
     kind: Any = type(value)
-    if kind in PLAIN:
+    if never_changes(kind):
         return value
     if (known := memo.get(id(value))) is not None:
         return known
     new: Any
     if kind is list:
         memo[id(value)] = new = []
-        new += [copied(item, memo) for item in value]
+        new += [item if type(item) in PLAIN else copied(item, memo) for item in value]
     elif kind is dict:
         memo[id(value)] = new = {}
-        new.update((key, copied(item, memo)) for key, item in value.items())
+        for key, item in value.items():
+            new[key] = item if type(item) in PLAIN else copied(item, memo)
     elif kind is np.ndarray or kind is set:
         memo[id(value)] = new = value.copy()
     elif fields_that_change(kind):
         memo[id(value)] = new = object.__new__(kind)
-        new.__dict__.update((name, copied(item, memo)) for name, item in value.__dict__.items())
-    elif is_dataclass(kind) or isinstance(value, NEVER_CHANGE):
-        new = value
+        new.__dict__.update(value.__dict__)
+        for name, item in value.__dict__.items():
+            if type(item) not in PLAIN:
+                new.__dict__[name] = copied(item, memo)
     else:
         new = copy.deepcopy(value, memo)
     return new

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 from concurrent.futures import ProcessPoolExecutor
 
 from kvmbook.model import Kernel
@@ -36,21 +37,36 @@ def main() -> None:
     kernel = repaired(kernel) if asked.repaired else kernel
     if asked.random:
         raise SystemExit(_at_random(kernel, asked))
-    with ProcessPoolExecutor(asked.jobs) as executor:
-        told: set[str | None] = set()
-        found = hunt(
-            kernel,
-            60 * asked.minutes,
-            calls=(asked.calls, 9),
-            seed=asked.seed,
-            executor=executor,
-            progress=lambda so_far: _tell(so_far, told),
-        )
-        executor.shutdown(cancel_futures=True)
+    found = _over_configurations(kernel, asked)
     print(f"{kernel.name}: {found.transitions:,} transitions in {found.seconds:,.0f} s")
     for row in (*asked.by, "configurations", "calls, least", "most", "states", "transitions"), *found.rows(*asked.by):
         print("  ".join(f"{value:,}" if isinstance(value, int) else value for value in row))
     raise SystemExit(None in found.met)
+
+
+def _over_configurations(kernel: Kernel, asked: argparse.Namespace) -> Hunt:
+    """Hunt until the time is over, or Ctrl-C or SIGTERM comes: what was found until then counts."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    found, told = Hunt(kernel), set[str | None]()
+
+    def note(so_far: Hunt) -> None:
+        nonlocal found
+        found = so_far
+        _tell(so_far, told)
+
+    with ProcessPoolExecutor(asked.jobs, initializer=_leave_signals) as executor:
+        try:
+            hunt(kernel, 60 * asked.minutes, calls=(asked.calls, 9), seed=asked.seed, executor=executor, progress=note)
+        except KeyboardInterrupt:
+            print("ended before its time")
+        executor.shutdown(cancel_futures=True)
+    return found
+
+
+def _leave_signals() -> None:
+    """In each worker: the process that shares out the work decides when it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _tell(so_far: Hunt, told: set[str | None]) -> None:

@@ -250,7 +250,7 @@ def future_of(vm: Vm) -> Hashable:
 
 
 def _sptes(vm: Vm, table: PageTable, names: dict[int, tuple[str, int, int]]) -> Hashable:
-    full = np.flatnonzero(table.sptes)
+    full = np.flatnonzero(table.sptes != vm.fmt.shadow_nonpresent_value)
     sptes = table.sptes[full]
     if table.level == PG_LEVEL_4K:
         return full.tobytes(), sptes.tobytes()
