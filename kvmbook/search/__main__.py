@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import sys
 from concurrent.futures import ProcessPoolExecutor
 
 from kvmbook.model import Kernel
@@ -47,12 +48,16 @@ def main() -> None:
 def _over_configurations(kernel: Kernel, asked: argparse.Namespace) -> Hunt:
     """Hunt until the time is over, or Ctrl-C or SIGTERM comes: what was found until then counts."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    found, told = Hunt(kernel), set[str | None]()
+    found, told, said = Hunt(kernel), set[str | None](), 0
 
     def note(so_far: Hunt) -> None:
-        nonlocal found
+        nonlocal found, said
         found = so_far
         _tell(so_far, told)
+        if so_far.seconds // 60 > said:
+            said = int(so_far.seconds // 60)
+            counts = f"{len(so_far.covered):,} configurations, {so_far.transitions:,} transitions"
+            print(f"{said} min: {counts}", file=sys.stderr, flush=True)
 
     with ProcessPoolExecutor(asked.jobs, initializer=_leave_signals) as executor:
         try:
