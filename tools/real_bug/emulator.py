@@ -1,0 +1,115 @@
+"""Bochs, an emulator whose CPUs have VMX and EPT, without A/D bits or with them: one boot of a kernel, and what it printed."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tools.real_bug.linux import NotAsExpected, run
+
+# What kvm_intel says of each: eptad N, pml N; eptad Y, pml N.
+CPUS = {"EPT without A/D bits": "corei7_sandy_bridge_2600k", "EPT with A/D bits": "corei7_haswell_4770"}
+ENDED = "kvmbook: all done"
+KERNEL_LINE = (
+    "console=ttyS0 quiet nokaslr mitigations=off nopti tsc=reliable idle=halt irqaffinity=0 transparent_hugepage=madvise"
+)
+PATIENCE = 1800  # seconds
+
+BOCHSRC = """\
+romimage: file=/usr/share/bochs/BIOS-bochs-latest
+vgaromimage: file=/usr/share/bochs/VGABIOS-lgpl-latest
+cpu: model={cpu}, count=2:1:1, ips=100000000, reset_on_triple_fault=0
+memory: guest=512, host=512
+ata0-master: type=cdrom, path={iso}, status=inserted
+boot: cdrom
+com1: enabled=1, mode=file, dev={serial}
+clock: sync=none
+display_library: term
+log: {log}
+panic: action=fatal
+"""
+GRUB = """\
+set timeout=0
+menuentry kvmbook {{ linux /boot/kernel {line}; initrd /boot/initramfs }}
+"""
+INIT = """\
+#!/bin/busybox sh
+/bin/busybox mkdir -p /proc /sys /dev
+/bin/busybox mount -t proc none /proc
+/bin/busybox mount -t sysfs none /sys
+/bin/busybox mount -t devtmpfs none /dev
+exec >/dev/ttyS0 2>&1
+for name in ept eptad pml; do echo "kvm_intel $name=$(/bin/busybox cat /sys/module/kvm_intel/parameters/$name)"; done
+{commands}
+echo "{ended}"
+/bin/busybox sleep 1000
+"""
+
+
+def iso(where: Path, name: str, kernel: Path, programs: list[Path], commands: list[str]) -> Path:
+    """A CD that boots the kernel with these programs in / and, as its first process, a script of these commands."""
+    tree, files = where / name, where / name / "files"
+    for directory in tree / "boot/grub", files / "bin":
+        directory.mkdir(parents=True, exist_ok=True)
+    init = files / "init"
+    init.write_text(INIT.format(commands="\n".join(commands), ended=ENDED))
+    init.chmod(0o755)
+    for program in (Path("/bin/busybox"), *programs):
+        target = files / ("bin/busybox" if program.name == "busybox" else program.name)
+        target.write_bytes(program.read_bytes())
+        target.chmod(0o755)
+    names = "\n".join(str(path.relative_to(files)) for path in sorted(files.rglob("*")))
+    archive = subprocess.run(["cpio", "-o", "-H", "newc", "--quiet"], input=names.encode(), cwd=files, capture_output=True)
+    if archive.returncode:
+        raise NotAsExpected(f"cpio failed: {archive.stderr.decode()}")
+    (tree / "boot/initramfs").write_bytes(gzip.compress(archive.stdout))
+    (tree / "boot/kernel").write_bytes(kernel.read_bytes())
+    (tree / "boot/grub/grub.cfg").write_text(GRUB.format(line=KERNEL_LINE))
+    image = where / f"{name}.iso"
+    (tree / "files").rename(where / f"{name}.files")
+    run("grub-mkrescue", "-o", str(image), str(tree))
+    return image
+
+
+def boot(image: Path, cpu: str, seen: Callable[[str], None]) -> str:
+    """Boot the CD on this model of `CPUS`, until its script has ended. What it printed on its serial line; ``seen`` is told
+    each new line. NotAsExpected if Bochs ends before, or after `PATIENCE`."""
+    serial, config = image.with_suffix(".serial"), image.with_suffix(".bochsrc")
+    serial.write_text("")
+    config.write_text(BOCHSRC.format(cpu=CPUS[cpu], iso=image, serial=serial, log=image.with_suffix(".log")))
+    go_on = image.with_suffix(".debugger")  # Debian's Bochs stops in its debugger first
+    go_on.write_text("c\n")
+    command = f"bochs -q -f {config} -rc {go_on}"
+    # It draws on a terminal, and needs one: `script` gives it one.
+    with subprocess.Popen(
+        ["script", "-qefc", command, "/dev/null"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "TERM": "xterm", "LINES": "30", "COLUMNS": "100"},
+        start_new_session=True,
+    ) as emulator:
+        try:
+            return _until_ended(emulator, serial, seen)
+        finally:
+            os.killpg(emulator.pid, 9)
+
+
+def _until_ended(emulator: subprocess.Popen[bytes], serial: Path, seen: Callable[[str], None]) -> str:
+    told, begin = 0, time.monotonic()
+    while True:
+        time.sleep(0.5)
+        said = serial.read_text(errors="replace")
+        lines = said.split("\n")
+        for line in lines[told:-1]:
+            seen(line.rstrip("\r"))
+        told = len(lines) - 1
+        if ENDED in said:
+            return said
+        if emulator.poll() is not None or time.monotonic() - begin > PATIENCE:
+            end = "\n".join(lines[-20:])
+            raise NotAsExpected(f"the emulator ended, or took more than {PATIENCE} s; the last that it printed:\n{end}")
