@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: lab edit test book slides pdf run benchmark clean install-lab install-book install-test
+.PHONY: lab edit test book slides pdf run benchmark real-bug clean install-lab install-book install-test
 
 # A reader's own copy of the book, in reading/; `make edit` opens the sources.
 lab: install-lab
@@ -37,6 +37,10 @@ run: install-book
 
 benchmark: install-test
 	$(BIN)/python -m benchmarks
+
+# Linux's own KVM loses the write of chapter 1, in an emulator: on Debian, some 20 minutes, 6 GB. OPTIONS=--help says more.
+real-bug: install-lab
+	$(BIN)/python -m tools.real_bug $(OPTIONS)
 
 # tools/install.py looks each time, which takes a moment; .venv's own Python runs it once that works.
 TOO_OLD := import sys; v = sys.version_info; sys.exit(v < (3, 11) and "kvmbook needs Python 3.11 or newer, \

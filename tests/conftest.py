@@ -3,6 +3,7 @@
 import fcntl
 import os
 import pathlib
+import platform
 import shutil
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from kvmbook import Hardware, Kernel, Vm
 from tools import book
 from tools.browser import launch_options
-from tools.debian import Missing
+from tools.debian import Missing, program
 
 HARDWARE = {
     "ept_no_ad": Hardware.ept(ad_bits=False),
@@ -29,6 +30,15 @@ BASE = 0x200  # 2M-aligned
 @pytest.fixture(params=HARDWARE)
 def hardware(request):
     return HARDWARE[request.param]
+
+
+@pytest.fixture(scope="session")
+def gcc():
+    """CI installs it, and skips nothing."""
+    compiler = program("gcc", packages=("gcc", "libc6-dev"))
+    if platform.machine() != "x86_64" or not compiler or not pathlib.Path("/usr/include/linux/kvm.h").exists():
+        pytest.skip("needs gcc and linux/kvm.h on x86-64; on Debian: apt-get install gcc libc6-dev")
+    return compiler
 
 
 def make_vm(hardware=HARDWARE["ept_no_ad"], kernel=Kernel.v5_19, npages=64, vcpus=2, **options):

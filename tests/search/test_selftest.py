@@ -3,7 +3,6 @@ What the programs say on a real KVM is for tests/real."""
 
 import os
 import pathlib
-import platform
 import re
 import subprocess
 
@@ -14,7 +13,6 @@ from made_programs import NO_AD, programs
 from kvmbook import Hardware, Kernel, Vm
 from kvmbook.search import Recorder, c_program, explore, left_to_chance
 from kvmbook.search.selftest import FORMS
-from tools.debian import program
 
 STUBS = pathlib.Path(__file__).with_name("kselftest")
 MADE = programs()
@@ -146,15 +144,6 @@ def test_the_kselftest_form_speaks_the_librarys_language():
     assert "ioctl(" not in text and "KVM_RUN" not in text
     assert "vm_create_with_vcpus(VCPUS," in c_program(MADE["two_vcpus_by_hand"].script, "kselftest")
     assert "vm_enable_dirty_ring(vm, RING_BYTES)" in c_program(MADE["ring_lost"].script, "kselftest")
-
-
-@pytest.fixture(scope="module")
-def gcc():
-    """CI installs it, and skips nothing."""
-    compiler = program("gcc", packages=("gcc", "libc6-dev"))
-    if platform.machine() != "x86_64" or not compiler or not pathlib.Path("/usr/include/linux/kvm.h").exists():
-        pytest.skip("needs gcc and linux/kvm.h on x86-64; on Debian: apt-get install gcc libc6-dev")
-    return compiler
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -1,22 +1,21 @@
-"""Bochs, an emulator whose CPUs have VMX and EPT, without A/D bits or with them: one boot of a kernel, and what it printed."""
+"""Bochs, an emulator of CPUs that have VMX and EPT, without A/D bits or with them: one boot, and what it printed."""
 
 from __future__ import annotations
 
 import gzip
 import os
+import shutil
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tools.real_bug.linux import NotAsExpected, run
+from tools.real_bug.packages import NotAsExpected, run
 
 # What kvm_intel says of each: eptad N, pml N; eptad Y, pml N.
 CPUS = {"EPT without A/D bits": "corei7_sandy_bridge_2600k", "EPT with A/D bits": "corei7_haswell_4770"}
 ENDED = "kvmbook: all done"
-KERNEL_LINE = (
-    "console=ttyS0 quiet nokaslr mitigations=off nopti tsc=reliable idle=halt irqaffinity=0 transparent_hugepage=madvise"
-)
+KERNEL_LINE = "console=ttyS0 quiet nokaslr mitigations=off nopti tsc=reliable idle=halt irqaffinity=0"
 PATIENCE = 1800  # seconds
 
 BOCHSRC = """\
@@ -43,6 +42,7 @@ INIT = """\
 /bin/busybox mount -t sysfs none /sys
 /bin/busybox mount -t devtmpfs none /dev
 exec >/dev/ttyS0 2>&1
+echo madvise >/sys/kernel/mm/transparent_hugepage/enabled # with so little memory it is off
 for name in ept eptad pml; do echo "kvm_intel $name=$(/bin/busybox cat /sys/module/kvm_intel/parameters/$name)"; done
 {commands}
 echo "{ended}"
@@ -50,28 +50,29 @@ echo "{ended}"
 """
 
 
-def iso(where: Path, name: str, kernel: Path, programs: list[Path], commands: list[str]) -> Path:
-    """A CD that boots the kernel with these programs in / and, as its first process, a script of these commands."""
-    tree, files = where / name, where / name / "files"
-    for directory in tree / "boot/grub", files / "bin":
+def iso(where: Path, kernel: Path, programs: list[Path], commands: list[str]) -> Path:
+    """A CD, made in ``where``, that boots the kernel with these programs in /; its first process is a script of these
+    commands."""
+    disk, files = where / "disk", where / "files"
+    for directory in disk / "boot/grub", files / "bin":
         directory.mkdir(parents=True, exist_ok=True)
     init = files / "init"
     init.write_text(INIT.format(commands="\n".join(commands), ended=ENDED))
+    for program in programs:
+        shutil.copy(program, files)
+    shutil.copy("/bin/busybox", files / "bin")
     init.chmod(0o755)
-    for program in (Path("/bin/busybox"), *programs):
-        target = files / ("bin/busybox" if program.name == "busybox" else program.name)
-        target.write_bytes(program.read_bytes())
-        target.chmod(0o755)
     names = "\n".join(str(path.relative_to(files)) for path in sorted(files.rglob("*")))
-    archive = subprocess.run(["cpio", "-o", "-H", "newc", "--quiet"], input=names.encode(), cwd=files, capture_output=True)
+    archive = subprocess.run(
+        ["cpio", "-o", "-H", "newc", "--quiet"], input=names.encode(), cwd=files, capture_output=True
+    )
     if archive.returncode:
         raise NotAsExpected(f"cpio failed: {archive.stderr.decode()}")
-    (tree / "boot/initramfs").write_bytes(gzip.compress(archive.stdout))
-    (tree / "boot/kernel").write_bytes(kernel.read_bytes())
-    (tree / "boot/grub/grub.cfg").write_text(GRUB.format(line=KERNEL_LINE))
-    image = where / f"{name}.iso"
-    (tree / "files").rename(where / f"{name}.files")
-    run("grub-mkrescue", "-o", str(image), str(tree))
+    (disk / "boot/initramfs").write_bytes(gzip.compress(archive.stdout))
+    shutil.copy(kernel, disk / "boot/kernel")
+    (disk / "boot/grub/grub.cfg").write_text(GRUB.format(line=KERNEL_LINE))
+    image = where / "disk.iso"
+    run("grub-mkrescue", "-o", str(image), str(disk))
     return image
 
 
@@ -103,10 +104,10 @@ def _until_ended(emulator: subprocess.Popen[bytes], serial: Path, seen: Callable
     told, begin = 0, time.monotonic()
     while True:
         time.sleep(0.5)
-        said = serial.read_text(errors="replace")
+        said = serial.read_text(errors="replace").replace("\r", "")
         lines = said.split("\n")
         for line in lines[told:-1]:
-            seen(line.rstrip("\r"))
+            seen(line)
         told = len(lines) - 1
         if ENDED in said:
             return said

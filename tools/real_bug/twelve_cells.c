@@ -217,6 +217,8 @@ static void one_round(int ages, const char *label)
 	stays = shared->stays;
 	for (int page = 0; ages && page < PAGES; page++)
 		age(data + page * PAGE);
+	for (int page = 0; ages && page < PAGES; page++)
+		idle += is_idle(data + page * PAGE);
 	requests = flush_requests();
 	set_region(0, KVM_MEM_LOG_DIRTY_PAGES, DATA, data, PAGES);
 	requests = flush_requests() - requests;
@@ -229,20 +231,18 @@ static void one_round(int ages, const char *label)
 
 	for (int page = 0; page < PAGES; page++)
 		written += *counter(page) != before[page];
-	for (int page = 0; page < PAGES; page++)
-		idle += ages && is_idle(data + page * PAGE);
 	CHECK(!ioctl(vm, KVM_GET_DIRTY_LOG, &get));
 	for (int page = 0; page < PAGES; page++)
 		reported += *counter(page) != before[page] && log >> page & 1;
-	printf("cell %s aged=%d written=%u reported=%u lost=%u flush_requests=%d idle=%d stays_left=%u\n", label, ages, written,
-	       reported, written - reported, (int)requests, idle, stays);
+	printf("cell flush=%s aged=%d written=%u reported=%u flushes=%d idle=%d stays=%u\n", label, ages, written, reported,
+	       (int)requests, idle, stays);
 	fflush(stdout);
 	destroy_vm();
 }
 
 int main(void)
 {
-	static const char *const flush[] = { "flush=never", "flush=if_changed", "flush=always" };
+	static const char *const flush[] = { "never", "if changed", "always" };
 
 	stay_on(0);
 	CHECK((kvm = open("/dev/kvm", O_RDWR)) >= 0);

@@ -1,0 +1,55 @@
+"""The recorded runs of Linux's own KVM in an emulator: each cell and each loss is what the model says."""
+
+import pytest
+
+from kvmbook.model import Kernel
+from kvmbook.real.emulated import FLUSH, HARDWARE, PAGES, Boot, Cell, Round, by_model, emulated, keep
+from kvmbook.search import read_litmus
+
+BOOTS = emulated()
+IDS = [f"{boot.kernel}, {boot.hardware}" for boot in BOOTS]
+
+
+def test_two_kernels_on_two_cpus():
+    assert {(boot.kernel[:4], boot.hardware) for boot in BOOTS} == {(k, h) for k in ("6.1.", "7.2.") for h in HARDWARE}
+
+
+@pytest.mark.parametrize("boot", BOOTS, ids=IDS)
+def test_each_cell_is_what_the_model_says(boot):
+    assert {(cell.flush, cell.aged) for cell in boot.cells} == {(rule.value, aged) for rule in FLUSH for aged in (0, 1)}
+    for cell in boot.cells:
+        assert len(cell.rounds) == 10
+        assert set(cell.rounds) == {by_model(boot.kernel, boot.hardware, cell.flush, cell.aged)}, cell
+
+
+def test_the_seed_and_its_control_differ_in_the_one_line():
+    for boot in BOOTS:
+        cells = {(cell.flush, cell.aged): cell.lost for cell in boot.cells}
+        seed = str(PAGES) if boot.hardware == "EPT without A/D bits" else "0"
+        assert (cells["if changed", True], cells["always", True]) == (seed, "0")
+        assert (cells["if changed", False], cells["never", True]) == ("0", str(PAGES))
+
+
+@pytest.mark.parametrize("boot", BOOTS, ids=IDS)
+def test_each_loss_is_what_the_model_says(boot):
+    assert len(boot.losses) == 7
+    for loss in boot.losses:
+        assert loss.rounds >= 20
+        if loss.litmus:
+            litmus = read_litmus(loss.litmus)
+            assert litmus.configuration.kernel == Kernel.of(boot.kernel)
+            assert litmus.configuration.hardware == HARDWARE[boot.hardware]
+            assert loss.lost == (loss.rounds if litmus.lost else 0), loss.name
+        else:
+            assert bool(loss.lost) == Kernel.of(boot.kernel).reset_forgets_at_signal, loss.name
+
+
+def test_what_is_kept_is_read_back(tmp_path):
+    keep(BOOTS, tmp_path / "boots.json")
+    assert emulated(tmp_path / "boots.json") == BOOTS
+
+
+def test_a_cell_says_which_numbers_its_rounds_had():
+    cell = Cell("always", True, (Round(16, 16, 1), Round(16, 0, 1), Round(16, 16, 0)))
+    assert (cell.lost, cell.flushes) == ("0 or 16", "0 or 1")
+    assert isinstance(BOOTS[0], Boot) and BOOTS[0].seconds > 0
