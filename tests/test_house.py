@@ -24,7 +24,8 @@ WINGS = {
     ],
     "search": [
         "schedule", "playing", "selftest", "recorder", "cells", "tables", "space", "explore", "products", "anynumber",
-        "flush_rules", "configurations", "userspace", "known_faults", "litmus", "random_runs", "hunt", "__main__",
+        "flush_rules", "configurations", "userspace", "known_faults", "litmus", "random_runs", "hunt", "cast", "museum",
+        "__main__",
     ],
     "scenes": [
         "enabling", "ageing", "faulting", "slots", "writes", "words", "decoding", "remembering", "reasons",

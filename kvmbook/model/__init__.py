@@ -6,7 +6,14 @@ Read it from the ground up: a word (`spte`; `compiled` and `arrays` ask a millio
 other wings take what stands below.
 """
 
-from kvmbook.model.access_tracking import ClearFlushYoung, ClearYoung, InvalidateRange, TestYoung
+from kvmbook.model.access_tracking import (
+    ChangePte,
+    ClearFlushYoung,
+    ClearYoung,
+    InvalidateRange,
+    TestYoung,
+    ZapGfnRange,
+)
 from kvmbook.model.arrays import ALL_BITS, BLOCK, SPTE_BASE_ADDR_MASK, each
 from kvmbook.model.compiled import numba_is_there
 from kvmbook.model.dirty_log import ClearDirtyLog, GetDirtyLog, ResetDirtyRings
@@ -67,6 +74,14 @@ from kvmbook.model.spte import (
     Changed,
     SpteFormat,
     pages_per_level,
+)
+from kvmbook.model.spte_rules import (
+    AsksForAllRoots,
+    GuardAsksForW,
+    OneTypeForAll,
+    SavesW,
+    TdpGuardAsksForW,
+    WBringsD,
 )
 from kvmbook.model.switches import Difference, Switch
 from kvmbook.model.tlb import Tlb, TlbEntry

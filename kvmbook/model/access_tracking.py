@@ -85,29 +85,33 @@ class ClearYoung(Ageing):
 
     @step(lock="write", keeps=True)
     def kvm_age_gfn(self, m: Machine) -> str:
-        """Huge pages are aged as one. Without the lock, young SPTEs are only read, and exchanged in a step of its own.
-        Source: mmu/mmu.c, mmu/tdp_mmu.c: kvm_tdp_mmu_age_gfn_range(), v5.19."""
-        if self.lockless:
-            leaves = [leaf for gfns in self.ranges for leaf in m.page_tables.every_leaf(*gfns)]
-            self.seen = [(sptep, spte) for sptep, _, _, spte in leaves if m.fmt.is_accessed_spte(spte)]
-            self.result = bool(self.seen)
-        else:
-            age, sides = m.fmt.mmu_spte_age, (RMAPS, TDP)
-            self.result = any([m.update_leaves(side, *gfns, age) for side in sides for gfns in self.ranges])
+        """Huge pages are aged as one. Where it is not done at once, young SPTEs are only read, and written in a step of its
+        own. Source: mmu/mmu.c, mmu/tdp_mmu.c: kvm_tdp_mmu_age_gfn_range(), v5.19."""
+        apart = (RMAPS, TDP) if self.lockless else (TDP,) * m.kernel.ages_by_plain_store
+        leaves = [leaf for gfns in self.ranges for leaf in m.page_tables.every_leaf(*gfns)]
+        young = (leaf for leaf in leaves if leaf[1].root.tdp_mmu in apart and m.fmt.is_accessed_spte(leaf[3]))
+        self.seen = [(sptep, spte) for sptep, _, _, spte in young]
+        at_once = [(side, *gfns) for side in (RMAPS, TDP) if side not in apart for gfns in self.ranges]
+        aged = [m.update_leaves(*where, m.fmt.mmu_spte_age) for where in at_once]
+        self.result = bool(self.seen) or any(aged)
         flush = self.result and self.flushes and m.kernel.clear_flush_young_flushes
         self.todo = ["kvm_tdp_mmu_age_spte"] * bool(self.seen) + ["kvm_flush_remote_tlbs"] * flush
         return "young" if self.result else "old"
 
-    @step()
+    @step(lock="write", keeps=True)
     def kvm_tdp_mmu_age_spte(self, m: Machine) -> str | None:
         """A is cleared in what is there by now. A type-1 SPTE that has changed meanwhile is left alone; it still counts as
-        young. Source: mmu/tdp_mmu.c, mmu/mmu.c: kvm_rmap_age_gfn_range(), v6.15."""
+        young. (With a plain store, what was read is stored without its A, whatever is there by now.)
+        Source: mmu/tdp_mmu.c, mmu/mmu.c: kvm_rmap_age_gfn_range(), v6.15."""
         failed = 0
         for sptep, seen in self.seen:
             if sptep.table not in m.page_tables.tables:
                 continue  # RCU keeps it, but nobody will look at it
             now = m.page_tables.read(sptep)
-            if m.fmt.spte_ad_enabled(seen):
+            if not self.lockless:
+                m.page_tables.write(sptep, m.fmt.mmu_spte_age(seen).spte)
+                m.tell_host(seen, m.fmt.mmu_spte_age(seen).spte)
+            elif m.fmt.spte_ad_enabled(seen):
                 m.page_tables.write(sptep, now & (ALL_BITS ^ m.fmt.shadow_accessed_mask))
             elif now == seen:
                 m.page_tables.write(sptep, m.fmt.mark_spte_for_access_track(seen))
@@ -145,6 +149,8 @@ class InvalidateRange(Notifier):
 
     steps: ClassVar[tuple[str, ...]] = ("kvm_unmap_gfn_range", "kvm_flush_remote_tlbs", "invalidate_range_end")
 
+    to_walk: list[tuple[int, int]] | None = field(default=None, init=False)
+
     def begin(self, m: Machine) -> None:
         super().begin(m)
         self.todo = list(self.steps)
@@ -155,18 +161,43 @@ class InvalidateRange(Notifier):
     @property
     def active(self) -> bool:
         """Whether it has begun. Source: include/linux/kvm_host.h: mn_active_invalidate_count (of struct kvm), v5.19."""
-        return len(self.todo) < len(self.steps)
+        return self.to_walk is not None
 
     @step(lock="write", keeps=True)
     def kvm_unmap_gfn_range(self, m: Machine) -> None:
-        m.invalidating += self.ranges
-        self.result = kvm_unmap_gfn_range(m, self.ranges)
+        """Zap all of it, or the next ``pages_per_step`` pages: then the lock is let go, and the walk comes back."""
+        size = m.pages_per_step or 1 << 52
+        if self.to_walk is None:
+            m.invalidating += self.ranges
+            self.to_walk = [(at, min(at + size, end)) for start, end in self.ranges for at in range(start, end, size)]
+        count = len(self.to_walk) if m.pages_per_step is None else 1
+        now, self.to_walk = self.to_walk[:count], self.to_walk[count:]
+        self.result = kvm_unmap_gfn_range(m, now) or self.result
+        self.todo[:0] = ["tdp_mmu_iter_cond_resched", "kvm_unmap_gfn_range"] * bool(self.to_walk)
+
+    @step(lock="write")
+    def tdp_mmu_iter_cond_resched(self, m: Machine) -> str:
+        """Let the lock go in mid-walk; what is owed by now is flushed before. Source: mmu/tdp_mmu.c, v5.19."""
+        if not self.result or not m.kernel.yields_after_flush:
+            return "a flush is owed" if self.result else "nothing is owed"
+        m.kvm_flush_remote_tlbs()
+        self.result = False
+        return "flush before unlock"
 
     @step(lock="write")
     def invalidate_range_end(self, m: Machine) -> None:
         m.mmu_notifier_seq += bool(self.ranges)
         for gfns in self.ranges:
             m.invalidating.remove(gfns)
+
+
+@dataclass(eq=False)
+class ZapGfnRange(InvalidateRange):
+    """KVM itself zaps the range, because it wants to map it anew, and makes faults retry meanwhile.
+    Source: mmu/mmu.c: kvm_zap_gfn_range(), v5.19."""
+
+    actor: ClassVar[str] = "KVM"
+    active: ClassVar[bool] = False
 
 
 @dataclass(eq=False)

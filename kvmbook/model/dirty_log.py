@@ -23,13 +23,14 @@ class DirtyLogOperation(Operation):
     """What KVM_GET_DIRTY_LOG and KVM_CLEAR_DIRTY_LOG share: take bits word by word, re-arm those pages, and flush if any
     bit was taken. *The flush depends on the bitmap, never on whether an SPTE changed.*
 
-    ``words`` are those still to take; ``taken`` the gfns whose bits were taken.
+    ``words`` are those still to take; ``taken`` the gfns whose bits were taken; ``flushes_early``: before mmu_lock is let go.
     """
 
     last_step: ClassVar[str]
 
     slot_number: int
     slot: MemorySlot = field(default=NO_SLOT, init=False)
+    flushes_early: bool = field(default=False, init=False)
     words: list[int] = field(default_factory=list, init=False)
     taken: list[int] = field(default_factory=list, init=False)
     word_gfns: list[int] = field(default_factory=list, init=False)
@@ -38,8 +39,13 @@ class DirtyLogOperation(Operation):
     def needs_slots_lock(self) -> bool:
         return True
 
+    def wants_lock(self, name: str) -> str | None:
+        early = self.flushes_early and name == "kvm_arch_flush_remote_tlbs_memslot"
+        return "write" if early else super().wants_lock(name)
+
     def find_slot(self, m: Machine, first_page: int = 0) -> MemorySlot:
         """The slot, or OSError ENXIO, EINVAL or ENOENT."""
+        self.flushes_early = m.kernel.harvest_flushes_before_unlock
         if m.dirty_ring_size:
             raise refuse(errno.ENXIO, "this VM logs to dirty rings: there is no bitmap")
         slot = m.memslots.find(self.slot_number, m.hardware.address_spaces)

@@ -88,11 +88,11 @@ def _fill(m: Machine, vcpu: VcpuState, kind: str, gfn: int, root: Root, found: F
     if has_ad:
         spte |= fmt.shadow_accessed_mask
         if kind == "write" and not spte & fmt.shadow_dirty_mask:
-            if m.pml_on and not root.guest_mode:
+            if m.pml_on and (not root.guest_mode or m.kernel.pml_logs_nested):
                 if len(vcpu.pml) >= m.hardware.pml_entries:
                     m.vcpu_exit(vcpu)
                     return _done(m, vcpu, kind, gfn, Outcome.PML_FULL)
-                vcpu.pml.append(gfn)
+                vcpu.pml.append(gfn - root.base_gfn)
             spte |= fmt.shadow_dirty_mask
         m.page_tables.write(found.sptep, spte)
     rights = fmt.hardware_rights(spte)

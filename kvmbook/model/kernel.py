@@ -129,6 +129,18 @@ class Kernel:
     fast_path_marks_first: bool = switch(False)
     """a fast page fault marks the page before it makes the SPTE writable, and not after (no release; on, to see why).
     mmu/mmu.c: fast_pf_fix_direct_spte()."""
+    harvest_flushes_before_unlock: bool = switch(False)
+    """KVM_GET_DIRTY_LOG and KVM_CLEAR_DIRTY_LOG hold mmu_lock until their flush (no release that is here; on from
+    6dbf79e7164e to 198c74f43f0f). virt/kvm/kvm_main.c: kvm_get_dirty_log_protect()."""
+    ages_by_plain_store: bool = switch(False)
+    """ageing in the TDP MMU reads an SPTE and stores what it made of it, whatever came between (to v5.17; off since
+    ba3a6120a4e7). mmu/tdp_mmu.c: age_gfn_range()."""
+    yields_after_flush: bool = switch(True)
+    """a walk that zaps flushes what it owes before it lets mmu_lock go (every release that is here; off, to see why:
+    to v5.11, a835429cda91, 048f49809c52). mmu/tdp_mmu.c: tdp_mmu_iter_cond_resched()."""
+    pml_logs_nested: bool = switch(False)
+    """PML stays on while a nested guest runs, and notes that guest's own addresses (no release that is here; on, to see why:
+    c3bb9a20834f). arch/x86/kvm/vmx/vmx.c: vmx_flush_pml_buffer()."""
     srcu_grace_period: bool = switch(True)
     """publishing a memslot waits for faults that began before (every release; off, to see why). virt/kvm/kvm_main.c:
     kvm_swap_active_memslots()."""

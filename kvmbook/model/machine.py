@@ -272,7 +272,7 @@ class Machine:
         """Leave the guest and come back. Every exit from L1 drains the PML buffer; none flushes the TLB."""
         vcpu.kicked = False
         self.counters.exits += 1
-        if vcpu.guest_mode:
+        if vcpu.guest_mode and not self.kernel.pml_logs_nested:
             return
         logged, vcpu.pml = vcpu.pml, []
         for gfn in logged if self.kernel.pml_drains_oldest_first else reversed(logged):

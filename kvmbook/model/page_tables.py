@@ -36,8 +36,8 @@ class Root:
     ``direct``: no guest page tables are shadowed, so faults have a fast path. ``tdp_mmu``: whose tree it is, the TDP MMU's or
     the legacy MMU's.
 
-    A nested guest's addresses equal L1's gfns in this model, and a guest's virtual addresses its gfns: shadowed page tables
-    map one to one, by 1G pages.
+    A nested guest's memory is named by L1's gfns in this model, and a guest's virtual addresses are its gfns: shadowed page
+    tables map one to one, by 1G pages. ``base_gfn``: where the nested guest's own address 0 lies; only PML tells its own.
     Source: arch/x86/include/asm/kvm_host.h: union kvm_mmu_page_role, v5.19.
     """
 
@@ -46,6 +46,7 @@ class Root:
     guest_mode: bool = False
     direct: bool = True
     tdp_mmu: bool = True
+    base_gfn: int = 0
 
 
 @dataclass

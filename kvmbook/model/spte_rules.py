@@ -1,4 +1,5 @@
-"""What later releases made of the helpers of one SPTE: a subclass of `SpteFormat` for each release that changed some.
+"""What other releases made of the helpers of one SPTE: a subclass of `SpteFormat` for each release that changed some, and,
+at the end, for rules that were wrong before v5.19.
 
 A method that stands here is a rule that a release changed. Its docstring ends in the source, the release and the commits;
 `Kernel.differs_from` quotes it.
@@ -10,7 +11,13 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from kvmbook.model.arrays import ALL_BITS
-from kvmbook.model.spte import Changed, SpteFormat
+from kvmbook.model.spte import (
+    PT_WRITABLE_MASK,
+    SHADOW_ACC_TRACK_SAVED_BITS_SHIFT,
+    Changed,
+    Flushed,
+    SpteFormat,
+)
 
 VMX_EPT_SUPPRESS_VE_BIT = 1 << 63
 
@@ -98,3 +105,55 @@ class AtomicTypeOne(SoftwareAd):
         if not self.is_writable_pte(spte) and self.is_mmu_writable_spte(spte):
             return True
         return not self.spte_ad_enabled(spte) or (self.is_writable_pte(spte) and spte & self.shadow_dirty_mask == 0)
+
+
+# ---- before v5.19, one rule each -------------------------------------------------------------------------------------
+
+
+class GuardAsksForW(SpteFormat):
+    """v3.4: the legacy MMU, before there was a bit for "MMU-writable"."""
+
+    def spte_write_protect(self, spte: int, pt_protect: bool = False) -> Flushed:
+        """guarding a page table skips an SPTE with W=0, in the legacy MMU, as if no CPU could write then.
+        Source: arch/x86/kvm/mmu.c: rmap_write_protect(), v3.4 (6dbf79e7164e)."""
+        return super().spte_write_protect(spte, pt_protect) if self.is_writable_pte(spte) else Flushed(spte, False)
+
+
+class TdpGuardAsksForW(SpteFormat):
+    """v5.10 to v5.16: the same in the TDP MMU."""
+
+    def tdp_write_protect(self, spte: int) -> Changed:
+        """guarding a page table skips an SPTE with W=0, in the TDP MMU, and leaves it MMU-writable.
+        Source: mmu/tdp_mmu.c: write_protect_gfn(), v5.10 (46044f72c382)."""
+        return super().tdp_write_protect(spte) if self.is_writable_pte(spte) else Changed(spte, False)
+
+
+class SavesW(SpteFormat):
+    """No release; to see why W is not saved with R and X."""
+
+    def mark_spte_for_access_track(self, spte: int) -> int:
+        """access tracking saves W beside R and X, and an access of any kind brings it back; no release does so.
+        Source: mmu/spte.c: mark_spte_for_access_track(), v4.11 (f160c7b7bb32)."""
+        marked = super().mark_spte_for_access_track(spte & (ALL_BITS ^ PT_WRITABLE_MASK))
+        tracks = not self.spte_ad_enabled(spte) and not self.is_access_track_spte(spte)
+        saved = (spte & PT_WRITABLE_MASK) << SHADOW_ACC_TRACK_SAVED_BITS_SHIFT
+        return marked | saved if tracks else super().mark_spte_for_access_track(spte)
+
+    def restore_acc_track_spte(self, spte: int) -> int:
+        saved = spte & PT_WRITABLE_MASK << SHADOW_ACC_TRACK_SAVED_BITS_SHIFT
+        return super().restore_acc_track_spte(spte ^ saved) | saved >> SHADOW_ACC_TRACK_SAVED_BITS_SHIFT
+
+
+class WBringsD(SpteFormat):
+    """One rule of v6.13 alone."""
+
+    dirty_with_w = SoftwareAd.dirty_with_w
+
+
+class OneTypeForAll(SpteFormat):
+    """To v5.3: no SPTE is of type 2."""
+
+    def tdp_ad_type(self, ad_disabled: bool, guest_mode: bool, pml: bool) -> int:
+        """an SPTE of a nested guest is of type 0, so that D tells of its writes, also where PML notes that guest's own
+        addresses. Source: mmu/spte.c: make_spte(), v5.3 (1f4e5fc83a42)."""
+        return super().tdp_ad_type(ad_disabled, guest_mode=False, pml=pml)

@@ -100,7 +100,8 @@ class Vm(Machine):
 
     ``page_size``: the host's, "4K", "2M" or "1G". ``eager_page_split`` and ``nx_huge_pages`` are KVM's module parameters.
     ``nested``: None, "ept" or "npt" (L1 runs a nested guest with its own EPT or NPT, which KVM shadows), "ept without A/D"
-    (L1 left the A/D bits off), or "tdp" (L1 uses neither: the nested guest runs on the TDP MMU).
+    (L1 left the A/D bits off), or "tdp" (L1 uses neither: the nested guest runs on the TDP MMU). ``nested_base_gfn``: where
+    in L1's memory the nested guest's begins.
 
     The vCPUs are created when ``vcpu`` is first touched: a dirty ring must be enabled before.
     """
@@ -115,6 +116,7 @@ class Vm(Machine):
         eager_page_split: bool = True,
         nx_huge_pages: bool = False,
         nested: str | None = None,
+        nested_base_gfn: int = 0,
     ) -> None:
         if vcpus < 1:
             raise ValueError(f"a VM needs at least one vCPU; got {vcpus}")
@@ -129,7 +131,7 @@ class Vm(Machine):
             kernel=kernel,
             fmt=fmt,
             l1_root=l1,
-            l2_root=_nested_root(nested, hardware),
+            l2_root=_nested_root(nested, hardware, nested_base_gfn),
             page_tables=PageTables(fmt, root_level=5 if hardware.gpa_bits > 48 else 4),
             host=HostMemory(PAGE_LEVELS[page_size]),
             eager_page_split=eager_page_split,
@@ -335,7 +337,7 @@ class Vm(Machine):
         return to_bits(found.dirty_bitmap[0], found.npages)
 
 
-def _nested_root(nested: str | None, hardware: Hardware) -> Root | None:
+def _nested_root(nested: str | None, hardware: Hardware, base_gfn: int) -> Root | None:
     """The nested guest's tree. Source: mmu/mmu.c: kvm_calc_shadow_ept_root_page_role(), kvm_init_mmu(), v5.19."""
     if nested is None:
         return None
@@ -345,5 +347,6 @@ def _nested_root(nested: str | None, hardware: Hardware) -> Root | None:
         raise ValueError(f"nested on {hardware.name} is {can}; got {nested!r}")
     no_ad = not hardware.format.kvm_ad_enabled
     if nested == "tdp":
-        return Root("L2", ad_disabled=no_ad, guest_mode=True, direct=True, tdp_mmu=hardware.tdp_mmu)
-    return Root("L2", ad_disabled=no_ad or nested == "ept without A/D", guest_mode=True, direct=False, tdp_mmu=False)
+        return Root("L2", no_ad, guest_mode=True, direct=True, tdp_mmu=hardware.tdp_mmu, base_gfn=base_gfn)
+    no_ad = no_ad or nested == "ept without A/D"
+    return Root("L2", no_ad, guest_mode=True, direct=False, tdp_mmu=False, base_gfn=base_gfn)

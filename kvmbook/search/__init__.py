@@ -8,9 +8,13 @@ change of the model can lose a write.
 The hunter looks beyond small slots and single steps, at runs of whole calls: `configurations` has what it goes over,
 `userspace` how a careful user space behaves, `known_faults` what is known already, `litmus` a run to hand on, `hunt` the
 search itself: `python -m kvmbook.search`. For chapter 16, and for whoever changes KVM.
+
+The museum has twelve lost writes of the past: `cast` moves actors that the others do not have, `museum` has the exhibits.
+For chapter 13.
 """
 
 from kvmbook.search.anynumber import AnyNumber, Verdict, any_number
+from kvmbook.search.cast import BEGINS, Cast, freed_page_is_reached, table_is_written_unseen, write_is_missed
 from kvmbook.search.cells import BLANK_VIEW, Cells, control_of, ioctl_of, view_of, word_of
 from kvmbook.search.configurations import Configuration, Slot, every
 from kvmbook.search.explore import Result, Search, explore
@@ -18,10 +22,11 @@ from kvmbook.search.flush_rules import BITS, BitRule, Leaf, all_rules, as_bits, 
 from kvmbook.search.hunt import Covered, Hunt, Met, hunt, hunt_at_random, hunt_one
 from kvmbook.search.known_faults import KNOWN_FAULTS, Fault, fault_of, faults_in, loses, play, repaired
 from kvmbook.search.litmus import Litmus, read_litmus
+from kvmbook.search.museum import BUG, CONFUSIONS, EXHIBITS, Calls, Exhibit, Found, Interleavings, Moves
 from kvmbook.search.playing import Call, Cleared, Script, script_of
 from kvmbook.search.products import count_any_size, count_states, pages_seen
 from kvmbook.search.recorder import Recorder
-from kvmbook.search.schedule import Action, Grain, act, plain_search, possible, smallest_vm
+from kvmbook.search.schedule import Action, Grain, Moving, act, plain_search, possible, search_plainly, smallest_vm
 from kvmbook.search.selftest import FORMS, c_program, left_to_chance
 from kvmbook.search.space import Space, space_of
 from kvmbook.search.tables import EXIT, PageSteps, Pairs

@@ -10,9 +10,9 @@ import itertools
 import operator
 from collections import deque
 from collections.abc import Collection, Hashable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, Self
 
 from kvmbook.model import (
     PG_LEVEL_4K,
@@ -214,19 +214,29 @@ class Reach:
     trace: tuple[Action, ...] | None
 
 
-def plain_search(vm: Vm, grain: Grain = Grain.STEP, without: Collection[str] = (), max_states: int = 200_000) -> Reach:
-    """Visit all runs from ``vm`` breadth first, some 3,000 transitions a second: the reference for every faster engine.
-    It knows no rules, it only asks the model. Raises MemoryError beyond ``max_states`` states."""
-    without = steps_left_out(without)
-    came_from: dict[Hashable, tuple[Hashable, Action] | None] = {vm.state(): None}
-    queue, transitions, depth = deque([(vm, vm.state(), 0)]), 0, 0
+class Moving(Protocol):
+    """Something that can move: which actions are ``possible`` now, ``do`` one of them, a ``key`` that is equal for equal
+    futures, and whether harm was ``done``."""
+
+    def possible(self) -> list[Action]: ...
+    def do(self, action: Action) -> object: ...
+    def copy(self) -> Self: ...
+    def key(self) -> Hashable: ...
+    def done(self) -> bool: ...
+
+
+def search_plainly(start: Moving, max_states: int = 200_000, stop_at_loss: bool = False) -> Reach:
+    """Visit all runs from ``start`` breadth first, up to the first harm if ``stop_at_loss``. It knows no rules. Raises
+    MemoryError beyond ``max_states`` states."""
+    came_from: dict[Hashable, tuple[Hashable, Action] | None] = {start.key(): None}
+    queue, transitions, depth = deque([(start, start.key(), 0)]), 0, 0
     loss: Hashable = None
-    while queue:
-        vm, here, depth = queue.popleft()
-        for action in possible(vm, grain, without):
-            after = vm.copy()
-            act(after, action, grain)
-            key = after.state()
+    while queue and not (stop_at_loss and loss is not None):
+        moving, here, depth = queue.popleft()
+        for action in moving.possible():
+            after = moving.copy()
+            after.do(action)
+            key = after.key()
             transitions += 1
             if key in came_from:
                 continue
@@ -234,9 +244,40 @@ def plain_search(vm: Vm, grain: Grain = Grain.STEP, without: Collection[str] = (
                 raise MemoryError(f"more than {max_states} states")
             came_from[key] = (here, action)
             queue.append((after, key, depth + 1))
-            if loss is None and after.missed_dirty(0).size:
+            if loss is None and after.done():
                 loss = key
     return Reach(len(came_from), transitions, depth, _trace(came_from, loss))
+
+
+@dataclass
+class _Scheduled:
+    """A small VM as `possible` and `act` move it."""
+
+    vm: Vm
+    grain: Grain
+    without: frozenset[str]
+
+    def possible(self) -> list[Action]:
+        return possible(self.vm, self.grain, self.without)
+
+    def do(self, action: Action) -> object:
+        return act(self.vm, action, self.grain)
+
+    def copy(self) -> Self:
+        return replace(self, vm=self.vm.copy())
+
+    def key(self) -> Hashable:
+        state: Hashable = self.vm.state()
+        return state
+
+    def done(self) -> bool:
+        return bool(self.vm.missed_dirty(0).size)
+
+
+def plain_search(vm: Vm, grain: Grain = Grain.STEP, without: Collection[str] = (), max_states: int = 200_000) -> Reach:
+    """Visit all runs from ``vm`` breadth first, some 3,000 transitions a second: the reference for every faster engine.
+    It knows no rules, it only asks the model. Raises MemoryError beyond ``max_states`` states."""
+    return search_plainly(_Scheduled(vm, grain, steps_left_out(without)), max_states)
 
 
 def _trace(came_from: dict[Hashable, tuple[Hashable, Action] | None], key: Hashable) -> tuple[Action, ...] | None:

@@ -3,7 +3,7 @@
 import pytest
 
 from kvmbook import Hardware, Kernel, SpteFormat, Vm
-from kvmbook.model import Changed, Outcome, TrackGuestPageTable, check, key_invariant
+from kvmbook.model import Outcome, TdpGuardAsksForW, TrackGuestPageTable, check, key_invariant
 
 BASE = 0x200
 
@@ -46,16 +46,9 @@ def test_a_guard_that_unlocks_before_its_flush_breaks_the_key_invariant(under_lo
     key_invariant(vm)
 
 
-class AsksForW(SpteFormat):
-    """The TDP MMU before v5.17 (7c8a4742c4ab)."""
-
-    def tdp_write_protect(self, spte):
-        return super().tdp_write_protect(spte) if self.is_writable_pte(spte) else Changed(spte, False)
-
-
 def test_a_guard_that_asks_for_w_misses_a_flush_that_enabling_still_owes():
     """Between the pass of enabling and its flush W is 0 already."""
-    for rules, how in ((SpteFormat, Outcome.EMULATED), (AsksForW, Outcome.HIT)):
+    for rules, how in ((SpteFormat, Outcome.EMULATED), (TdpGuardAsksForW, Outcome.HIT)):
         vm = read_page(Kernel.v6_0.with_(spte_rules=rules), aged=False)
         enable = vm.start(vm.user_memory_region(slot=0, base_gfn=BASE, npages=1, log_dirty_pages=True))
         while enable.todo[0] != "flush_always":
