@@ -89,6 +89,17 @@ from kvmbook.scenes.losses import (
     retell_litmus,
     up,
 )
+from kvmbook.scenes.museum import (
+    HIDDEN,
+    exhibit,
+    get_in_order,
+    hidden_rooms,
+    laboratory,
+    retell_exhibit,
+    tell,
+    unnamed,
+    with_repair,
+)
 from kvmbook.scenes.reasons import (
     ACTS,
     BY_RULES,

@@ -7,7 +7,7 @@ the same state, so a picture, a table and a panel need no rules of their own.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -86,20 +86,21 @@ def _now(
     )
 
 
-def now_of(vm: Vm, numbers: Iterable[int] = ()) -> Now:
+def now_of(vm: Vm, numbers: Iterable[int] = (), l2: bool = False, harmed: Collection[int] | None = None) -> Now:
     """How slot 0 of a VM looks now, or these pages of it; all its vCPUs, and the ioctl under way. Where writes go to rings, a
-    page's bit says whether one of them has it."""
-    slot, missed = vm.memslots.slots[0, 0], set(vm.missed_dirty(0).tolist())
+    page's bit says whether one of them has it. ``l2``: SPTEs and TLB entries are the nested guest's; ``harmed``: the gfns
+    that count as lost, by default those whose write is."""
+    slot, missed = vm.memslots.slots[0, 0], set(vm.missed_dirty(0).tolist()) if harmed is None else harmed
     noted = {page for vcpu in vm.vcpus if vcpu.dirty_ring is not None for page in vcpu.dirty_ring.news}
     operation = ioctl_of(vm)
     taken = getattr(operation, "taken", ())
     pages = [
         _page(
             vm.fmt,
-            vm.spte(gfn),
+            vm.spte(gfn, l2),
             str(int(slot.test_bit(gfn) or (0, number) in noted)) if slot.logs_dirty else "-",
             gfn in taken,
-            [vcpu.tlb.lookup("L1", gfn) for vcpu in vm.vcpus],
+            [vcpu.tlb.lookup(vm.root(l2).name, gfn) for vcpu in vm.vcpus],
             [gfn in vcpu.pml for vcpu in vm.vcpus],
             gfn in missed,
         )
@@ -135,17 +136,24 @@ class RunMoment:
 
 @dataclass(frozen=True)
 class Run:
-    """A run from its ``start``. ``numbers``: of the pages that it tells of, all by default; ``log``: what notes writes."""
+    """A run from its ``start``. ``numbers``: of the pages that it tells of, all by default; ``log``: what notes writes;
+    ``loss``: what it means in this run that something is lost."""
 
     start: Now
     moments: tuple[RunMoment, ...]
     numbers: tuple[int, ...] = ()
     log: str = "bit"
+    loss: str = "the write is lost"
 
     @property
     def actors(self) -> list[str]:
-        """Who may move, KVM's part of a vCPU's work aside."""
-        return [*(f"vCPU{v}" for v in range(len(self.start.faults))), "host", "user space"]
+        """Who may move, KVM's part of a vCPU's work aside, and KVM only if it does something of its own."""
+        kvm = ["KVM"] * any(moment.action.who == "KVM" for moment in self.moments)
+        return [*(f"vCPU{v}" for v in range(len(self.start.faults))), *kvm, "host", "user space"]
+
+    def lane(self, who: str) -> int:
+        """The place among the actors of one who acts, for a vCPU or in its nested guest or not."""
+        return self.actors.index(who.removeprefix("KVM for ").removeprefix("L2 on "))
 
     def told(self) -> str:
         """The run in one line: each step, and what it changed."""
@@ -162,7 +170,7 @@ class Run:
                 for v, tlb in enumerate(zip(new.tlb, new.stale, strict=True)):
                     changes += [f"TLB of vCPU{v} {'stale, ' * tlb[1]}{tlb[0]}"] * (tlb != (old.tlb[v], old.stale[v]))
                 changes += [f"bit {new.bit}"] * (old.bit != new.bit)
-                changes += ["the write is lost"] * (new.lost and not old.lost)
+                changes += [self.loss] * (new.lost and not old.lost)
             said.append(f"{number}. {label(moment.action)}" + f" ({', '.join(changes)})" * bool(changes))
             before = moment.now
         return said

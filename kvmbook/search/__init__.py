@@ -14,7 +14,7 @@ For chapter 13.
 """
 
 from kvmbook.search.anynumber import AnyNumber, Verdict, any_number
-from kvmbook.search.cast import BEGINS, Cast, freed_page_is_reached, table_is_written_unseen, write_is_missed
+from kvmbook.search.cast import BEGINS, Cast, freed_pages, missed_writes, unseen_writes
 from kvmbook.search.cells import BLANK_VIEW, Cells, control_of, ioctl_of, view_of, word_of
 from kvmbook.search.configurations import Configuration, Slot, every
 from kvmbook.search.explore import Result, Search, explore

@@ -48,13 +48,13 @@ def _logging(vm: Vm, on: bool) -> Operation:
 
 @dataclass
 class Cast:
-    """A VM and who may move in it. ``whole``: a move is done to its end; else what it begins goes step by step. ``harm`` is a
-    question about the cast; ``begins``: what is begun by each move that is not a guest's; ``unseen`` has the guarded gfns
-    that a guest wrote with KVM none the wiser."""
+    """A VM and who may move in it. ``whole``: a move is done to its end; else what it begins goes step by step. ``harm``
+    tells the gfns that harm was done to; ``begins``: what is begun by each move that is not a guest's; ``unseen`` has the
+    guarded gfns that a guest wrote with KVM none the wiser."""
 
     vm: Vm
     moves: tuple[Action, ...]
-    harm: Callable[[Cast], bool]
+    harm: Callable[[Cast], set[int]]
     whole: bool = False
     begins: Mapping[str, Callable[[Vm, int], Operation]] = field(default_factory=lambda: BEGINS)
     unseen: set[int] = field(default_factory=set)
@@ -118,7 +118,7 @@ class Cast:
         return vm.state(), frozenset(self.unseen)
 
     def done(self) -> bool:
-        return self.harm(self)
+        return bool(self.harm(self))
 
 
 def lane_of(operation: Operation) -> str:
@@ -126,24 +126,25 @@ def lane_of(operation: Operation) -> str:
     return operation.who.removesuffix(" mm")
 
 
-# ---- harm ------------------------------------------------------------------------------------------------------------
+# ---- harm: the gfns that it is done to -------------------------------------------------------------------------------
 
 
-def write_is_missed(cast: Cast) -> bool:
-    """A page was written, and no report will name it."""
-    return bool(cast.vm.missed_dirty(0).size)
+def missed_writes(cast: Cast) -> set[int]:
+    """The pages that were written, and that no report will name."""
+    return set(cast.vm.missed_dirty(0).tolist())
 
 
-def table_is_written_unseen(cast: Cast) -> bool:
-    """A guest wrote its page table, and KVM, which shadows it, does not know."""
-    return bool(cast.unseen)
+def unseen_writes(cast: Cast) -> set[int]:
+    """The page tables that a guest wrote, and KVM, which shadows them, does not know."""
+    return cast.unseen
 
 
-def freed_page_is_reached(cast: Cast) -> bool:
-    """Some TLB still leads to a frame that the host has given to somebody else."""
+def freed_pages(cast: Cast) -> set[int]:
+    """The pages for which some TLB still leads to a frame that the host has given to somebody else."""
     slot = cast.vm.memslots.slots[0, 0]
-    return any(
-        entry.pfn != cast.vm.host.lookup(slot.hva(gfn)).pfn
+    return {
+        gfn
         for vcpu in cast.vm.vcpus
         for (_, gfn, _), entry in vcpu.tlb.entries.items()
-    )
+        if entry.pfn != cast.vm.host.lookup(slot.hva(gfn)).pfn
+    }

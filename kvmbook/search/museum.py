@@ -25,7 +25,7 @@ from kvmbook.model import (
     Vm,
     WBringsD,
 )
-from kvmbook.search.cast import Cast, freed_page_is_reached, table_is_written_unseen, write_is_missed
+from kvmbook.search.cast import Cast, freed_pages, missed_writes, unseen_writes
 from kvmbook.search.configurations import Configuration, Slot
 from kvmbook.search.explore import explore
 from kvmbook.search.hunt import hunt_one
@@ -76,7 +76,7 @@ class Moves:
     before the search begins; ``nested`` and ``nested_base``: see `Vm`."""
 
     moves: tuple[Action, ...]
-    harm: Callable[[Cast], bool] = write_is_missed
+    harm: Callable[[Cast], set[int]] = missed_writes
     pages: int = 1
     whole: bool = False
     before: tuple[Action, ...] = ()
@@ -189,6 +189,14 @@ class Exhibit:
         """What the switch is about, and where in the kernel, in words."""
         return "\n".join(f"{d.says} ({d.source})" for d in self.bad.differs_from(self.good))
 
+    @property
+    def verdict(self) -> str:
+        """What the search says of the two kernels on its hardware, in three lines."""
+        found, proof = self.look(), self.look(fixed=True)
+        bad = f"in {len(found.run)} steps, {self.harm}" if found.run else "no run does harm"
+        good = "harm is done, too" if proof.run else f"no run does harm: {proof.states:,} states, all of them"
+        return f"bad:      {bad}\nrepaired: {good}\nsearched: {self.space.words}"
+
     def look(self, fixed: bool = False, elsewhere: bool = False) -> Found:
         """Search its space, under the good kernel or the bad one. Remembered."""
         return _searched(self, fixed, elsewhere)
@@ -212,11 +220,11 @@ READS, WRITES = Action("vCPU0", "reads", 0), Action("vCPU0", "writes", 0)
 GETS, ENABLES, DISABLES = (Action("user space", what) for what in ("gets", "enables", "disables"))
 AGES, GUARDS = Action("host", "ages", 0), Action("KVM", "guards", 0)
 LOGGED = (ENABLES,)  # the slot logs from the start
-UNSEEN = "a guest's page table is written, and KVM does not see it"
+UNSEEN = "a table write goes unseen"
 
 
 def _guarded(*moves: Action, before: tuple[Action, ...] = ()) -> Moves:
-    return Moves((READS, WRITES, *moves, GUARDS), table_is_written_unseen, before=before)
+    return Moves((READS, WRITES, *moves, GUARDS), unseen_writes, before=before)
 
 
 def _beside(page: int, nested: str, pages: int = 1) -> Moves:
@@ -270,11 +278,11 @@ EXHIBITS = (
         8, "The flush that was owed", "a835429cda91", "v5.12", BUG, NOTHING,
         "The second walk finds nothing to zap and does not flush; the first has yet to.",
         Hardware.ept(), Hardware.npt(), V6_0, V6_0.with_(yields_after_flush=False),
-        Moves((READS, Action("KVM", "zaps all pages"), Action("host", "replaces", 0)), freed_page_is_reached, pages=2),
-        "the guest still reaches a page that was freed",
+        Moves((READS, Action("KVM", "zaps all pages"), Action("host", "replaces", 0)), freed_pages, pages=2),
+        "a freed page is reached",
     ),
     Exhibit(
-        9, "The guard that looked at W", "7c8a4742c4ab", "v5.17", BUG, W0,
+        9, "A guard that asked for W", "7c8a4742c4ab", "v5.17", BUG, W0,
         "It is room 3 once more, ten years later, in the new MMU: W was asked where MMU-writable tells.",
         Hardware.ept(), Hardware.shadow(), V6_0, V6_0.with_(spte_rules=TdpGuardAsksForW),
         _guarded(GETS, before=LOGGED), UNSEEN,

@@ -13,6 +13,7 @@ from kvmbook.search import Action, Grain, Result
 from kvmbook.views.drawing import INK, LETTER, LOOK, LOST, Picture, block, box, svg, text
 
 LOSS = "✕ lost: nobody will know"
+LOSSES = {"the write is lost": LOSS}
 LINE = 'stroke="currentColor" fill="none"'
 LIT = f'stroke="{LOST}" stroke-width="4" fill="none"'
 DASHED, PALE = ' stroke-width="3" stroke-dasharray="6 3"', ' stroke-opacity="0.5"'
@@ -108,8 +109,8 @@ def _said(moment: RunMoment, before: Now) -> str:
 def _mark(who: str, lane: int, reaches: Sequence[Column], left: float) -> list[str]:
     """Who acts, and arrows to what that changes, or to where an access is answered."""
     x = lane * LANE + LANE / 2
-    said = {"v": "guest", "K": "KVM", "h": "host", "u": "ioctl"}[who[0]]
-    look = f'rx="{8 if said == "guest" else 2}" fill="{LOOK["read-only"][0]}" stroke="currentColor"'
+    said = {"v": "guest", "L": "L2", "K": "KVM", "h": "host", "u": "ioctl"}[who[0]]
+    look = f'rx="{8 if said in ("guest", "L2") else 2}" fill="{LOOK["read-only"][0]}" stroke="currentColor"'
     parts = [f'<rect x="{x - 24:g}" y="1.5" width="48" height="17" {look}/>', text(x, 15, said, size=SIZE, fill=INK)]
     begin = x + 24
     for column in reaches:
@@ -163,7 +164,7 @@ def _row(run: Run, row: int, columns: Sequence[Column], left: float) -> list[str
     lost, answered = moment.now.lost and not before.lost, _answered_at(moment, columns)
     passes = lost and moment.answered == "TLB"  # it goes through the TLB, and there it ends
     reaches = [column for column in columns if column is answered or (column.changes(row) and not passes)]
-    lane = run.actors.index(moment.action.who.removeprefix("KVM for "))
+    lane = run.lane(moment.action.who)
     arrows = _mark(moment.action.who, lane, reaches, left)
     if lost:
         arrows = [part.replace('"currentColor"', f'"{LOST}"') for part in arrows]
@@ -202,7 +203,7 @@ def trace_picture(told: Result | Run) -> Picture:
         parts.append(block(_row(run, row, columns, left), moment=row))
     if lost:
         for x, y, look in ((right / 2, bottom, "wide"), (wide / 2, stacked, "narrow")):
-            said = [text(x, y + 19, LOSS, size=17, bold=True, fill=LOST)]
+            said = [text(x, y + 19, LOSSES.get(run.loss, f"✕ {run.loss}"), size=17, bold=True, fill=LOST)]
             said.append(box(2, y - ROW + 1, 2 * x - 4, ROW + 26, "none", stroke=LOST, extra=' stroke-width="3"'))
             parts.append(block(said, moment=rows - 1, look=look))
     alt, below = run.told(), 29 if lost else 4

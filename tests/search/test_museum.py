@@ -15,8 +15,9 @@ from kvmbook.search import (
     Cast,
     Interleavings,
     Moves,
-    freed_page_is_reached,
+    freed_pages,
     hunt_one,
+    missed_writes,
     plain_search,
     search_plainly,
     smallest_vm,
@@ -116,7 +117,7 @@ def test_a_cast_with_the_plain_searchs_actors_finds_what_that_finds():
     plain = plain_search(vm.copy(), without=["forgets", "ages and flushes", "disables"])
     guests = [Action("vCPU0", what, 0) for what in ("reads", "writes")]
     moves = (*guests, Action("host", "ages", 0), *(Action("user space", what) for what in ("enables", "gets")))
-    cast = search_plainly(Cast(vm, moves, lambda cast: cast.vm.missed_dirty(0).size > 0), stop_at_loss=True)
+    cast = search_plainly(Cast(vm, moves, missed_writes), stop_at_loss=True)
     assert len(cast.trace) == len(plain.trace) + 1  # ageing begins with a step of its own
     assert {(a.who, a.what) for a in plain.trace} < {(a.who, a.what) for a in cast.trace}
 
@@ -124,7 +125,7 @@ def test_a_cast_with_the_plain_searchs_actors_finds_what_that_finds():
 def test_a_page_counts_as_freed_when_the_host_has_given_its_frame_away():
     vm = Vm(Hardware.ept(), Kernel.v6_0)
     vm.set_user_memory_region(slot=0, base_gfn=BASE, npages=2)
-    cast = Cast(vm, (), freed_page_is_reached)
+    cast = Cast(vm, (), freed_pages)
     vm.vcpu[0].read(BASE)
     assert not cast.done()
     vm.host.replace(vm.memslots.slots[0, 0].hva(BASE), True)  # with no notifier told
