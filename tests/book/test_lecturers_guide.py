@@ -16,6 +16,7 @@ from kvmbook.model import FlushPolicy, Outcome
 from kvmbook.scenes import BASE_GFN, measure, missed_against_aged, missed_per_harvest
 from kvmbook.views import (
     age_touch_and_ask,
+    curator,
     follow_one_access,
     lose_a_write,
     may_w_come_back,
@@ -147,6 +148,19 @@ CLICKS = {
         (
             {"run": "chapter 1's run", "the_model_is_of": "v5.19, no A/D bits"},
             "The machine cannot run this to its end.",
+        ),
+    ],
+    curator: [
+        ({}, "On shadow paging, in 13 steps: a table write goes unseen."),
+        ({"kernel": "repaired"}, "On shadow paging no run does harm: 462 states"),
+        ({"exhibit": "12 One question for all roots", "kernel": "bad"}, None),
+        (
+            {
+                "exhibit": "7 The last page of the range",
+                "kernel": "repaired",
+                "hardware": "other hardware",
+            },
+            "On shadow paging, in 4 steps: the write is lost.",
         ),
     ],
     which_word_loses: [
