@@ -84,6 +84,11 @@ class Boot:
     cells: tuple[Cell, ...]
     losses: tuple[Loss, ...]
 
+    def lost(self, name: str, repaired: bool = False) -> str:
+        """In how many rounds of a program a write was lost. KeyError if there is none of this name."""
+        found = {(loss.name, loss.repaired): f"{loss.lost} of {loss.rounds}" for loss in self.losses}
+        return found[name, repaired]
+
     @classmethod
     def of(cls, said: dict[str, Any]) -> Self:
         """From what `asdict` made of it."""
@@ -91,7 +96,7 @@ class Boot:
         return cls(**{**said, "cells": cells, "losses": tuple(Loss(*loss) for loss in said["losses"])})
 
 
-def emulated(path: Path = KEPT) -> tuple[Boot, ...]:
+def emulated_boots(path: Path = KEPT) -> tuple[Boot, ...]:
     """The boots that were recorded."""
     return tuple(Boot.of(said) for said in json.loads(path.read_text()))
 
