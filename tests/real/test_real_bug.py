@@ -109,6 +109,8 @@ def test_what_a_boot_printed_is_read():
     ]
     (cell,) = programs.cells_in(said)
     assert (cell.flush, cell.aged, cell.rounds) == ("if changed", True, (Round(16, 0, 0),) * 2)
+    with pytest.raises(ValueError, match="15 pages were idle"):
+        programs.cells_in(said.replace("idle=16", "idle=15"))
     with pytest.raises(ValueError, match="exit code 4"):
         programs.losses_in(said.replace(f"{programs.ENDS}0", f"{programs.ENDS}4"), wanted)
     with pytest.raises(ValueError, match=re.escape(programs.begins(wanted[-1]))):

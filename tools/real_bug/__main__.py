@@ -1,7 +1,8 @@
 """`make real-bug`: Linux's own KVM loses the write of chapter 1, in an emulator; and the losses of today, under EPT.
 
-It fetches Debian's sources of the kernels, changes one line, builds them, boots each on a CPU without EPT's A/D bits and on
-one with them, and compares what they did with what the model says. About 20 minutes on two cores, 6 GB in build/real_bug.
+It fetches Debian's sources of the kernels, makes the flush of the patch a parameter and repairs of later losses another,
+builds them, boots each on a CPU without EPT's A/D bits and on one with them, and compares what they did with what the model
+says. About half an hour on two cores; 5 GB in build/real_bug.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kvmbook.model import Hardware, Kernel
-from kvmbook.real.emulated import REPAIRS, Cell, Loss, Round
+from kvmbook.real.emulated import PAGES, REPAIRS, Cell, Loss, Round
 from kvmbook.search import Call, Cleared, Configuration, Litmus, loses, read_litmus
 from kvmbook.search.configurations import LARGE
 from kvmbook.search.userspace import INTERRUPTED
@@ -114,10 +114,13 @@ PASSED = re.compile(r"PASS: .*\b(?:in|of) (\d+) rounds")
 
 
 def cells_in(said: str) -> tuple[Cell, ...]:
-    """The cells in what a boot printed."""
+    """The cells in what a boot printed. ValueError if the host could not age a page that it should have aged."""
     rounds: dict[tuple[str, bool], list[Round]] = {}
-    for flush, aged, written, reported, flushes, *_ in CELL.findall(said):
-        rounds.setdefault((flush, aged == "1"), []).append(Round(int(written), int(reported), int(flushes)))
+    for flush, aged, *numbers in CELL.findall(said):
+        written, reported, flushes, idle, _ = map(int, numbers)
+        if idle != PAGES * (aged == "1"):
+            raise ValueError(f"flush {flush}: {idle} pages were idle after ageing")
+        rounds.setdefault((flush, aged == "1"), []).append(Round(written, reported, flushes))
     return tuple(Cell(*key, tuple(made)) for key, made in rounds.items())
 
 
