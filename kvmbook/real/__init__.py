@@ -10,7 +10,19 @@ chapter 15 asks of them, `interrupted` a reset that a signal stops, `emulated` L
 
 from kvmbook.real.calls import CALLS, Outside, Said, asking, perform
 from kvmbook.real.device import NoKvm
-from kvmbook.real.emulated import Boot, by_model, emulated_boots
+from kvmbook.real.emulated import (
+    EMULATED,
+    FLUSH_RULES,
+    PAGES_WRITTEN,
+    REPAIRS,
+    Boot,
+    Cell,
+    Loss,
+    Turn,
+    by_model,
+    emulated_boots,
+    keep_boots,
+)
 from kvmbook.real.interrupted import Round, Rounds, forgotten, interrupted_reset
 from kvmbook.real.judging import Disagreement
 from kvmbook.real.machines import Machine, NotRecorded, live, record, recorded

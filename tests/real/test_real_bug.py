@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from kvmbook.real.emulated import HARDWARE, Round
+from kvmbook.real import EMULATED, Turn
 from tools.real_bug import linux, packages, programs
 
 # As much of the files as the edit looks at.
@@ -81,7 +81,7 @@ def test_what_is_missing_is_named(monkeypatch):
 
 
 def test_the_programs_compile(tmp_path, gcc):
-    wanted = programs.programs("7.2", HARDWARE["EPT with A/D bits"])
+    wanted = programs.programs("7.2", EMULATED["EPT with A/D bits"])
     made = programs.compiled(tmp_path, wanted)
     assert {path.name for path in made} == {programs.CELLS, *(program.name for program in wanted)}
     strict = [gcc, "-Wall", "-Wextra", "-Werror", "-fsyntax-only"]
@@ -91,14 +91,14 @@ def test_the_programs_compile(tmp_path, gcc):
 
 def test_each_loss_has_its_control():
     for release, lost in (("6.1", [1, 0, 1, 0, 1, 0]), ("7.2", [1, 0, 0, 0, 1, 0, 1])):
-        wanted = programs.programs(release, HARDWARE["EPT with A/D bits"])
+        wanted = programs.programs(release, EMULATED["EPT with A/D bits"])
         assert [program.repaired for program in wanted] == [False] * 7 + [True] * 7
         for half in wanted[:7], wanted[7:]:
             assert [bool(program.litmus.lost) for program in half if program.litmus] == list(map(bool, lost))
 
 
 def test_what_a_boot_printed_is_read():
-    wanted = programs.programs("7.2", HARDWARE["EPT with A/D bits"])
+    wanted = programs.programs("7.2", EMULATED["EPT with A/D bits"])
     said = "kvm_intel ept=Y\n"
     for number, program in enumerate(wanted):
         lost = "FAIL: a write was lost in 20 of 20 rounds." if number % 2 == 0 else "PASS: each write, in 20 rounds."
@@ -108,7 +108,7 @@ def test_what_a_boot_printed_is_read():
         (program.shows, number > 6, 20 * (number % 2 == 0), 20) for number, program in enumerate(wanted)
     ]
     (cell,) = programs.cells_in(said)
-    assert (cell.flush, cell.aged, cell.rounds) == ("if changed", True, (Round(16, 0, 0),) * 2)
+    assert (cell.flush, cell.aged, cell.rounds) == ("if changed", True, (Turn(16, 0, 0),) * 2)
     with pytest.raises(ValueError, match="15 pages were idle"):
         programs.cells_in(said.replace("idle=16", "idle=15"))
     with pytest.raises(ValueError, match="exit code 4"):
@@ -118,7 +118,7 @@ def test_what_a_boot_printed_is_read():
 
 
 def test_the_script_sets_what_a_program_needs_before_it():
-    wanted = programs.programs("6.1", HARDWARE["EPT with A/D bits"])
+    wanted = programs.programs("6.1", EMULATED["EPT with A/D bits"])
     script = programs.commands(wanted)
     assert script[:3] == [
         "echo N >/sys/module/kvm/parameters/eager_page_split",

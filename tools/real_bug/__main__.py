@@ -13,7 +13,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from kvmbook.real.emulated import FLUSH, HARDWARE, Boot, by_model, keep
+from kvmbook.real import EMULATED, FLUSH_RULES, Boot, by_model, keep_boots
 from tools.real_bug import emulator, linux
 from tools.real_bug.packages import NotAsExpected, see_programs
 from tools.real_bug.programs import cells_in, commands, compiled, loses_by_model, losses_in, programs
@@ -39,17 +39,17 @@ def main() -> None:
     for name in asked.kernels:
         say(f"Linux {name}: fetch, edit, build (5 to 8 minutes the first time)")
         image, release = linux.build(WHERE, name)
-        say(f"Linux {release} is built; boot it on {len(HARDWARE)} CPUs")
-        with ThreadPoolExecutor(len(HARDWARE)) as at_once:
-            boots += at_once.map(lambda cpu, image=image, release=release: _boot(image, release, cpu), HARDWARE)
+        say(f"Linux {release} is built; boot it on {len(EMULATED)} CPUs")
+        with ThreadPoolExecutor(len(EMULATED)) as at_once:
+            boots += at_once.map(lambda cpu, image=image, release=release: _boot(image, release, cpu), EMULATED)
     agree = [_compare(boot) for boot in boots]
     if asked.keep is not None:
-        keep(boots, asked.keep)
+        keep_boots(boots, asked.keep)
     raise SystemExit(not all(agree))
 
 
 def _boot(image: Path, release: str, cpu: str) -> Boot:
-    begin, wanted = time.monotonic(), programs(release, HARDWARE[cpu])
+    begin, wanted = time.monotonic(), programs(release, EMULATED[cpu])
     where = WHERE / f"{release} {cpu}".replace(" ", "-").replace("/", "")
     where.mkdir(exist_ok=True)
     disk = emulator.iso(where, image, compiled(where, wanted), commands(wanted))
@@ -65,7 +65,7 @@ def _boot(image: Path, release: str, cpu: str) -> Boot:
 def _compare(boot: Boot) -> bool:
     """Print what was recorded beside what the model says. Whether they agree, in each round."""
     print(f"\nLinux {boot.kernel}, {boot.hardware} ({boot.cpu}, {boot.emulator}), {boot.seconds} s")
-    agrees = len(boot.cells) == 2 * len(FLUSH)
+    agrees = len(boot.cells) == 2 * len(FLUSH_RULES)
     for cell in boot.cells:
         model = by_model(boot.kernel, boot.hardware, cell.flush, cell.aged)
         agrees &= set(cell.rounds) == {model}
