@@ -1,5 +1,7 @@
 """The recorded runs of Linux's own KVM in an emulator: each cell and each loss is what the model says."""
 
+import pathlib
+
 import pytest
 
 from kvmbook.model import Kernel
@@ -51,6 +53,12 @@ def test_with_the_repairs_nothing_is_lost_and_without_them_something_is(boot):
     lost = {loss.name for loss in boot.losses if loss.lost}
     today = {"a signal during RESET"} if boot.kernel.startswith("7") else {"CLEAR of 0, 1, eager_page_split=Y"}
     assert lost == {"CLEAR of 0, 1, eager_page_split=N", "a ring with INITIALLY_SET", *today}
+
+
+def test_the_chapter_counts_the_rounds():
+    rounds = sum(len(cell.rounds) for boot in BOOTS for cell in boot.cells)
+    chapter = pathlib.Path(__file__).parents[2] / "notebooks/15-on-a-real-kernel.ipynb"
+    assert f"the model agrees with each of their {rounds} rounds" in chapter.read_text()
 
 
 def test_what_is_kept_is_read_back(tmp_path):
