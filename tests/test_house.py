@@ -20,7 +20,8 @@ WINGS = {
     ],
     "real": [
         "abi", "device", "guest", "watchdog", "host", "vcpu", "vm", "offers", "modelled", "calls", "machines", "questions",
-        "sequences", "differ", "interrupted", "tracepoints", "traced_sptes", "judging", "replaying", "trace", "__main__",
+        "sequences", "differ", "interrupted", "emulated", "tracepoints", "traced_sptes", "judging", "replaying", "trace",
+        "__main__",
     ],
     "search": [
         "schedule", "playing", "selftest", "recorder", "cells", "tables", "space", "explore", "products", "anynumber",

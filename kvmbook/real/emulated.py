@@ -16,9 +16,9 @@ from typing import Any, NamedTuple, Self
 from kvmbook.model import FlushPolicy, Hardware, Kernel, Vm
 
 KEPT = Path(__file__).with_name("emulated.json")
-HARDWARE = {hardware.name: hardware for hardware in (Hardware.ept(ad_bits=False), Hardware.ept())}
-FLUSH = FlushPolicy.NEVER, FlushPolicy.IF_CHANGED, FlushPolicy.ALWAYS
-PAGES = 16
+EMULATED = {hardware.name: hardware for hardware in (Hardware.ept(ad_bits=False), Hardware.ept())}
+FLUSH_RULES = FlushPolicy.NEVER, FlushPolicy.IF_CHANGED, FlushPolicy.ALWAYS
+PAGES_WRITTEN = 16
 REPAIRS = {  # what the kernel's parameter `repairs` does there, as changes of `Kernel`
     "clear_compares_rounded_up": False,
     "ring_skips_protection": False,
@@ -26,9 +26,9 @@ REPAIRS = {  # what the kernel's parameter `repairs` does there, as changes of `
 }
 
 
-class Round(NamedTuple):
-    """Of `PAGES` pages that the guest writes all the time: how many were ``written`` after enabling had returned, how many
-    of those were ``reported``; and for how many flushes KVM had asked while it was enabling."""
+class Turn(NamedTuple):
+    """Of `PAGES_WRITTEN` pages that the guest writes all the time: how many were ``written`` after enabling had returned, how
+    many of those were ``reported``; and for how many flushes KVM had asked while it was enabling."""
 
     written: int
     reported: int
@@ -45,7 +45,7 @@ class Cell:
 
     flush: str
     aged: bool
-    rounds: tuple[Round, ...]
+    rounds: tuple[Turn, ...]
 
     @property
     def lost(self) -> str:
@@ -84,36 +84,41 @@ class Boot:
     cells: tuple[Cell, ...]
     losses: tuple[Loss, ...]
 
+    def lost(self, name: str, repaired: bool = False) -> str:
+        """In how many rounds of a program a write was lost. KeyError if there is none of this name."""
+        found = {(loss.name, loss.repaired): f"{loss.lost} of {loss.rounds}" for loss in self.losses}
+        return found[name, repaired]
+
     @classmethod
     def of(cls, said: dict[str, Any]) -> Self:
         """From what `asdict` made of it."""
-        cells = tuple(Cell(c["flush"], c["aged"], tuple(Round(*r) for r in c["rounds"])) for c in said["cells"])
+        cells = tuple(Cell(c["flush"], c["aged"], tuple(Turn(*r) for r in c["rounds"])) for c in said["cells"])
         return cls(**{**said, "cells": cells, "losses": tuple(Loss(*loss) for loss in said["losses"])})
 
 
-def emulated(path: Path = KEPT) -> tuple[Boot, ...]:
+def emulated_boots(path: Path = KEPT) -> tuple[Boot, ...]:
     """The boots that were recorded."""
     return tuple(Boot.of(said) for said in json.loads(path.read_text()))
 
 
-def keep(boots: Iterable[Boot], path: Path = KEPT) -> None:
+def keep_boots(boots: Iterable[Boot], path: Path = KEPT) -> None:
     path.write_text(json.dumps([asdict(boot) for boot in boots]) + "\n")
 
 
-def by_model(kernel: str, hardware: str, flush: str, aged: bool) -> Round:
+def by_model(kernel: str, hardware: str, flush: str, aged: bool) -> Turn:
     """The same round on the model: with the rules of the newest release that is here and not newer than ``kernel``."""
-    vm = Vm(HARDWARE[hardware], Kernel.of(kernel).with_(flush=FlushPolicy(flush)))
-    vm.set_user_memory_region(slot=0, base_gfn=0, npages=PAGES)
+    vm = Vm(EMULATED[hardware], Kernel.of(kernel).with_(flush=FlushPolicy(flush)))
+    vm.set_user_memory_region(slot=0, base_gfn=0, npages=PAGES_WRITTEN)
     _write_all(vm)
-    for gfn in range(PAGES if aged else 0):
+    for gfn in range(PAGES_WRITTEN if aged else 0):
         vm.clear_young(gfn, gfn + 1)
     before = vm.counters.flushes
-    vm.set_user_memory_region(slot=0, base_gfn=0, npages=PAGES, log_dirty_pages=True)
+    vm.set_user_memory_region(slot=0, base_gfn=0, npages=PAGES_WRITTEN, log_dirty_pages=True)
     asked = vm.counters.flushes - before
     _write_all(vm)
-    return Round(PAGES, PAGES - len(vm.missed_dirty(0)), asked)
+    return Turn(PAGES_WRITTEN, PAGES_WRITTEN - len(vm.missed_dirty(0)), asked)
 
 
 def _write_all(vm: Vm) -> None:
-    for gfn in range(PAGES):
+    for gfn in range(PAGES_WRITTEN):
         vm.vcpu[0].write(gfn)

@@ -30,4 +30,4 @@ from kvmbook.search.schedule import Action, Grain, Moving, act, plain_search, po
 from kvmbook.search.selftest import FORMS, c_program, left_to_chance
 from kvmbook.search.space import Space, space_of
 from kvmbook.search.tables import EXIT, PageSteps, Pairs
-from kvmbook.search.userspace import Play
+from kvmbook.search.userspace import INTERRUPTED, Play

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 from kvmbook.scenes import retell_exhibit
 from kvmbook.search import BUG, CONFUSIONS, EXHIBITS, Exhibit
 from kvmbook.views.drawing import INK, LOOK, LOST, Picture, block, box, svg, text
@@ -48,15 +50,15 @@ def proof_picture(shown: Exhibit, fixed: bool, elsewhere: bool) -> Picture:
     lines = [
         f"{hardware}; {'with' if fixed else 'without'} the repair",
         f"{found.states:,} states, {found.transitions:,} transitions: all of them",
-        *shown.space.words.split(", ", 1),
+        *textwrap.wrap(shown.space.words, 46),
     ]
-    parts = [
-        box(2, 2, NARROW - 4, 60 + 22 * len(lines), LOOK["reported"][0]),
-        text(NARROW / 2, 30, "✓ no run does harm", size=17, bold=True, fill=INK),
-        *(text(NARROW / 2, 58 + 22 * row, line, size=13, fill=INK) for row, line in enumerate(lines)),
-    ]
+    high, parts = 60 + 22 * len(lines), list[str]()
+    for wide, look in ((WIDE, "wide"), (NARROW, "narrow")):
+        said = [text(wide / 2, 30, "✓ no run does harm", size=17, bold=True, fill=INK)]
+        said += [text(wide / 2, 58 + 22 * row, line, size=SIZE - 2, fill=INK) for row, line in enumerate(lines)]
+        parts.append(block([box(2, 2, wide - 4, high - 10, LOOK["reported"][0]), *said], look=look))
     alt = f"No run does harm. {'; '.join(lines)}."
-    return Picture(svg(NARROW, 66 + 22 * len(lines), alt, parts), alt)
+    return Picture(svg(WIDE, high, alt, parts, (NARROW, high)), alt)
 
 
 def curator() -> Panel:

@@ -270,21 +270,23 @@ def test_runs_at_random_are_found_and_shrunk():
     assert hunt_at_random(repaired(Kernel.v6_18), 0) == (None, 0)
 
 
-HUNT = [sys.executable, "-m", "kvmbook.search", "v6.18", "--calls", "2", "--by", "ring"]
+HUNT = [sys.executable, "-m", "kvmbook.search", "v6.18", "--by", "ring", "--calls"]
 
 
 def test_the_command_tells_what_it_met():
-    asked = [*HUNT, "--minutes", "0.05", "--jobs", "1"]
+    asked = [*HUNT, "2", "--minutes", "0.05", "--jobs", "1"]
     done = subprocess.run(asked, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "transitions" in done.stdout and "bitmap" in done.stdout
 
 
 def test_the_command_tells_what_it_has_covered_when_it_is_ended_early():
-    with subprocess.Popen([*HUNT, "--minutes", "60"], stdout=subprocess.PIPE, text=True) as hunting:
+    with subprocess.Popen(
+        [*HUNT, "3", "--minutes", "60", "--seed", "3", "--jobs", "1"], stdout=subprocess.PIPE, text=True
+    ) as hunting:
         assert hunting.stdout is not None
         first = hunting.stdout.readline()
         hunting.terminate()
         rest = hunting.stdout.read()
-    assert first.startswith("---"), "it is under way when it has met its first fault"
+    assert first.startswith("--- INITIALLY_SET"), "with this seed it meets a fault at once"
     assert "ended before its time" in rest and "transitions" in rest and hunting.returncode == 0

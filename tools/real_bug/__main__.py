@@ -1,7 +1,8 @@
 """`make real-bug`: Linux's own KVM loses the write of chapter 1, in an emulator; and the losses of today, under EPT.
 
-It fetches Debian's sources of the kernels, changes one line, builds them, boots each on a CPU without EPT's A/D bits and on
-one with them, and compares what they did with what the model says. About 20 minutes on two cores, 6 GB in build/real_bug.
+It fetches Debian's sources of the kernels, makes the flush of the patch a parameter and repairs of later losses another,
+builds them, boots each on a CPU without EPT's A/D bits and on one with them, and compares what they did with what the model
+says. About half an hour on two cores; 5 GB in build/real_bug.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from kvmbook.real.emulated import FLUSH, HARDWARE, Boot, by_model, keep
+from kvmbook.real import EMULATED, FLUSH_RULES, Boot, by_model, keep_boots
 from tools.real_bug import emulator, linux
 from tools.real_bug.packages import NotAsExpected, see_programs
 from tools.real_bug.programs import cells_in, commands, compiled, loses_by_model, losses_in, programs
@@ -38,17 +39,17 @@ def main() -> None:
     for name in asked.kernels:
         say(f"Linux {name}: fetch, edit, build (5 to 8 minutes the first time)")
         image, release = linux.build(WHERE, name)
-        say(f"Linux {release} is built; boot it on {len(HARDWARE)} CPUs")
-        with ThreadPoolExecutor(len(HARDWARE)) as at_once:
-            boots += at_once.map(lambda cpu, image=image, release=release: _boot(image, release, cpu), HARDWARE)
+        say(f"Linux {release} is built; boot it on {len(EMULATED)} CPUs")
+        with ThreadPoolExecutor(len(EMULATED)) as at_once:
+            boots += at_once.map(lambda cpu, image=image, release=release: _boot(image, release, cpu), EMULATED)
     agree = [_compare(boot) for boot in boots]
     if asked.keep is not None:
-        keep(boots, asked.keep)
+        keep_boots(boots, asked.keep)
     raise SystemExit(not all(agree))
 
 
 def _boot(image: Path, release: str, cpu: str) -> Boot:
-    begin, wanted = time.monotonic(), programs(release, HARDWARE[cpu])
+    begin, wanted = time.monotonic(), programs(release, EMULATED[cpu])
     where = WHERE / f"{release} {cpu}".replace(" ", "-").replace("/", "")
     where.mkdir(exist_ok=True)
     disk = emulator.iso(where, image, compiled(where, wanted), commands(wanted))
@@ -64,7 +65,7 @@ def _boot(image: Path, release: str, cpu: str) -> Boot:
 def _compare(boot: Boot) -> bool:
     """Print what was recorded beside what the model says. Whether they agree, in each round."""
     print(f"\nLinux {boot.kernel}, {boot.hardware} ({boot.cpu}, {boot.emulator}), {boot.seconds} s")
-    agrees = len(boot.cells) == 2 * len(FLUSH)
+    agrees = len(boot.cells) == 2 * len(FLUSH_RULES)
     for cell in boot.cells:
         model = by_model(boot.kernel, boot.hardware, cell.flush, cell.aged)
         agrees &= set(cell.rounds) == {model}

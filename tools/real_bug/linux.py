@@ -101,9 +101,7 @@ def build(where: Path, name: str) -> tuple[Path, str]:
     if not image.exists():
         archive = unpacked(where, source.package, source.suite) / f"usr/src/{source.package}.tar.xz"
         run("tar", "-xf", str(archive), "-C", str(where))
-        for each in EDITS:
-            if each.releases is None or name in each.releases:
-                edit(tree / each.path, each.pattern, each.text)
+        make_edits(tree, name)
         _configure(tree)
         run("make", "-C", str(tree), f"-j{os.cpu_count()}", "bzImage")
     release = subprocess.run(
@@ -112,12 +110,20 @@ def build(where: Path, name: str) -> tuple[Path, str]:
     return image, release.stdout.strip()
 
 
-def edit(path: Path, pattern: str, text: str) -> None:
-    """Put the text where the pattern matches, which must be once. NotAsExpected if it is not; the file is left alone."""
-    changed, count = re.subn(pattern, text, path.read_text(), flags=re.MULTILINE)
-    if count != 1:
-        raise NotAsExpected(f"{path} is not as the edit expects it: {pattern!r} matches {count} times, not once")
-    path.write_text(changed)
+def make_edits(tree: Path, name: str) -> None:
+    """Put each text where its pattern matches, which must be once. NotAsExpected if it is not; no file is changed then."""
+    changed: dict[Path, str] = {}
+    for each in EDITS:
+        if each.releases is None or name in each.releases:
+            path = tree / each.path
+            text, count = re.subn(each.pattern, each.text, changed.get(path) or path.read_text(), flags=re.MULTILINE)
+            if count != 1:
+                raise NotAsExpected(
+                    f"{path} is not as the edit expects it: {each.pattern!r} matches {count} times, not once"
+                )
+            changed[path] = text
+    for path, text in changed.items():
+        path.write_text(text)
 
 
 def _configure(tree: Path) -> None:

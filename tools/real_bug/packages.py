@@ -8,7 +8,7 @@ from pathlib import Path
 
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 PROGRAMS = {
-    "bochs": "bochs bochs-term bochsbios vgabios",
+    "bochs": "bochs bochsbios vgabios",
     "grub-mkrescue": "grub-common grub-pc-bin xorriso mtools",
     "busybox": "busybox-static",
     "cpio": "cpio",
@@ -18,7 +18,6 @@ PROGRAMS = {
     "bison": "bison",
     "bc": "bc",
     "xz": "xz-utils",
-    "script": "bsdutils",
     "dpkg": "dpkg",
 }
 

@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kvmbook.model import Hardware, Kernel
-from kvmbook.real.emulated import REPAIRS, Cell, Loss, Round
-from kvmbook.search import Call, Cleared, Configuration, Litmus, loses, read_litmus
-from kvmbook.search.configurations import LARGE
-from kvmbook.search.userspace import INTERRUPTED
+from kvmbook.real import PAGES_WRITTEN, REPAIRS, Cell, Loss, Turn
+from kvmbook.search import INTERRUPTED, Call, Cleared, Configuration, Litmus, Slot, loses, read_litmus
 from tools.real_bug.packages import run
 
 HERE = Path(__file__).parent
 REPORTS = HERE.parent.parent / "book/reports"
 PARAMETERS = "/sys/module/kvm/parameters"
 CELLS, SIGNAL = "twelve_cells", "reset-at-a-signal"
+BORDER = Slot(0x3FF, 513, (0, 1), "2M")  # its second page begins a 2M page
 
 
 class Program(NamedTuple):
@@ -36,7 +35,7 @@ class Program(NamedTuple):
 def programs(release: str, hardware: Hardware) -> list[Program]:
     """The losses, each followed by its control, and all again with the repairs. What is expected of a run is for the model to
     say: `Litmus.lost`, on the kernel without repairs."""
-    border = Configuration(Kernel.of(release), hardware, manual=3, slot=LARGE[1])
+    border = Configuration(Kernel.of(release), hardware, manual=3, slot=BORDER)
     rings = Configuration(Kernel.of(release), hardware, ring=True)
     write, enable = Call("vCPU0", "writes", 1), Call("user space", "enables")
     made = []
@@ -114,10 +113,13 @@ PASSED = re.compile(r"PASS: .*\b(?:in|of) (\d+) rounds")
 
 
 def cells_in(said: str) -> tuple[Cell, ...]:
-    """The cells in what a boot printed."""
-    rounds: dict[tuple[str, bool], list[Round]] = {}
-    for flush, aged, written, reported, flushes, *_ in CELL.findall(said):
-        rounds.setdefault((flush, aged == "1"), []).append(Round(int(written), int(reported), int(flushes)))
+    """The cells in what a boot printed. ValueError if the host could not age a page that it should have aged."""
+    rounds: dict[tuple[str, bool], list[Turn]] = {}
+    for flush, aged, *numbers in CELL.findall(said):
+        written, reported, flushes, idle, _ = map(int, numbers)
+        if idle != PAGES_WRITTEN * (aged == "1"):
+            raise ValueError(f"flush {flush}: {idle} pages were idle after ageing")
+        rounds.setdefault((flush, aged == "1"), []).append(Turn(written, reported, flushes))
     return tuple(Cell(*key, tuple(made)) for key, made in rounds.items())
 
 
