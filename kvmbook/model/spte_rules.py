@@ -132,7 +132,7 @@ class SavesW(SpteFormat):
     """No release; to see why W is not saved with R and X."""
 
     def mark_spte_for_access_track(self, spte: int) -> int:
-        """access tracking saves W beside R and X, and an access of any kind brings it back; no release does so.
+        """access tracking saves W beside R and X, and an access of any kind brings it back (in no release; to see why).
         Source: mmu/spte.c: mark_spte_for_access_track(), v4.11 (f160c7b7bb32)."""
         marked = super().mark_spte_for_access_track(spte & (ALL_BITS ^ PT_WRITABLE_MASK))
         tracks = not self.spte_ad_enabled(spte) and not self.is_access_track_spte(spte)

@@ -185,11 +185,6 @@ class Exhibit:
         return "\n".join(f"{sign} {self.switch} = {value}" for sign, value in zip("-+", values, strict=True))
 
     @property
-    def rule(self) -> str:
-        """What the switch is about, and where in the kernel, in words."""
-        return "\n".join(f"{d.says} ({d.source})" for d in self.bad.differs_from(self.good))
-
-    @property
     def verdict(self) -> str:
         """What the search says of the two kernels on its hardware, in three lines."""
         found, proof = self.look(), self.look(fixed=True)
