@@ -156,7 +156,7 @@ def _calls(vm: Vm, relaxation: str) -> list[Action]:
     """The page is read, then aged unless the relaxation is about protecting it, logging is enabled, the page is written: each
     call with all its steps, but for an ageing that is under way and still owes its flush."""
     reads, writes = Action("vCPU0", "reads", 0), Action("vCPU0", "writes", 0)
-    ages = [Action("host", "ages and flushes", 0)] * (relaxation in (YOUNG, A))
+    ages = [Action("host", "ages and flushes", 0)] * (relaxation not in (W, D))
     begins = [reads, reads, *ages]
     if relaxation == LOCK:
         begins = [Action("host mm", step) for step in ("kvm_age_gfn", "kvm_tdp_mmu_age_spte")]
@@ -251,14 +251,14 @@ class Cycles(NamedTuple):
     seen: int
 
 
-CYCLES, PAGES, HOT = 20, 64, 16
+CYCLES, PAGES, HOT = 10, 32, 8
 
 
 @cache
 def cycles(kernel: Kernel, hardware: Hardware, seed: int = 14) -> Cycles:
     """`CYCLES` harvest cycles of a guest with two vCPUs and `PAGES` pages, of which the first `HOT` are used most.
 
-    Each cycle has two rounds: either vCPU uses twelve pages, every fourth of them by a write, then the host, in search of
+    Each cycle has two rounds: either vCPU uses eight pages, every fourth of them by a write, then the host, in search of
     memory, asks clear_flush_young() of each page; after both rounds user space gets the log. Equal seeds give equal
     workloads, whatever the kernel.
     """
@@ -286,10 +286,10 @@ def cycles(kernel: Kernel, hardware: Hardware, seed: int = 14) -> Cycles:
 
 
 def _use(vm: Vm, rng: np.random.Generator) -> set[int]:
-    """Either vCPU uses twelve pages; returns the gfns."""
+    """Either vCPU uses eight pages; returns the gfns."""
     touched = set[int]()
     for vcpu in vm.vcpu:
-        for number in range(12):
+        for number in range(8):
             gfn = BASE_GFN + int(rng.integers(HOT if rng.random() < 0.75 else PAGES))
             (vcpu.read if number % 4 else vcpu.write)(gfn)
             touched.add(gfn)
