@@ -57,9 +57,9 @@ RELAXATIONS = {
 }
 OWED = {W, A, D}  # those that are about what the legacy MMU owes
 RELAXED_ON = {
-    "EPT without A/D": Hardware.ept(ad_bits=False),
     "shadow paging": Hardware.shadow(),
     "PML, legacy MMU": Hardware.ept(pml=True, tdp_mmu=False),
+    "EPT without A/D": Hardware.ept(ad_bits=False),
     "NPT": Hardware.npt(),
 }
 BEFORE = Kernel.v6_12  # the last release without any of them

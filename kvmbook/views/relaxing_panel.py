@@ -32,7 +32,9 @@ def take_the_flush_away() -> Panel:
         said = f"No run loses a write: all {judged.states:,} states were visited."
         if not judge(relaxed(relaxation, TAKEN), kind).lost:
             return View(proof_picture(judged.states), said)
-        return View(trace_picture(run_under(relaxation, rule, kind)), f"{said} Here the same calls, and the write is noted.")
+        return View(
+            trace_picture(run_under(relaxation, rule, kind)), f"{said} Here the same calls, and the write is noted."
+        )
 
     settings = {"v6.12, but": list(RELAXATIONS), "the flush of enabling": list(FLUSHES), "hardware": list(RELAXED_ON)}
     return Panel("Take the flush away", settings, show)

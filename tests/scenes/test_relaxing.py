@@ -25,7 +25,12 @@ from kvmbook.scenes import (
 from kvmbook.search import AnyNumber, Cells, Grain, any_number, explore, plain_search
 
 W, A, D, YOUNG, LOCK = RELAXATIONS
-LOST = {(W, "shadow paging"): 13, (D, "PML, legacy MMU"): 16, (YOUNG, "EPT without A/D"): 15, (LOCK, "EPT without A/D"): 10}
+LOST = {
+    (W, "shadow paging"): 13,
+    (D, "PML, legacy MMU"): 16,
+    (YOUNG, "EPT without A/D"): 15,
+    (LOCK, "EPT without A/D"): 10,
+}
 EACH = list(itertools.product(RELAXATIONS, RELAXED_ON))
 
 
@@ -84,7 +89,7 @@ def test_without_the_lock_the_finer_cut_finds_the_same(flush):
 
 
 def test_a_relaxation_that_is_none_is_refused():
-    with pytest.raises(ValueError, match="relaxations are .*; got 'everything'"):
+    with pytest.raises(ValueError, match=r"relaxations are .*; got 'everything'"):
         relaxed("everything")
 
 
