@@ -48,9 +48,8 @@ def quiz_14_2() -> Answer:
 
 @question("none", "the first", "the second", "both")
 def quiz_14_3() -> Answer:
-    """v6.18, EPT without A/D bits, INITIALLY_SET: enabling visits no SPTE and does not flush. A page is read, aged, and
-    logging enabled; the guest writes it. User space takes the log, clears the page's bit, and the guest writes again. Which
-    of the two writes is lost?"""
+    """v6.18, EPT without A/D bits, INITIALLY_SET, so enabling does not flush. A page is read and aged, logging is enabled,
+    and the page written. User space takes the log and clears the bit; the page is written again. Which write is lost?"""
     vm, lost = Vm(RELAXED_ON["EPT without A/D"], Kernel.v6_18), []
     vm.enable_manual_dirty_log_protect(initially_set=True)
     slot: dict[str, Any] = {"slot": 0, "base_gfn": BASE_GFN, "npages": 64}
@@ -67,8 +66,8 @@ def quiz_14_3() -> Answer:
             lost.append(which)
         vm.clear_dirty_log(0, 0, 64, told)
     because = (
-        "All bits are set at first, so the first report names the page whoever saw the write. CLEAR then flushes because a "
-        "bit was set, whatever the SPTE looked like: a flush by bitmap leans on no SPTE, and so on no ageing."
+        "All bits are set at first, so the first report names the page. CLEAR then flushes because a bit was set: a flush by "
+        "bitmap asks no SPTE, so no ageing can hide anything from it."
     )
     return Answer({0: "none", 1: lost[0] if lost else "", 2: "both"}[len(lost)], because)
 

@@ -123,8 +123,8 @@ def being_aged(hardware: Hardware, kernel: Kernel, grain: Grain = Grain.STEP) ->
 
 @cache
 def judge(kernel: Kernel, hardware: Hardware) -> Judged:
-    """One page, one vCPU, cut by step; the host ages by clear_flush_young() alone. Where ageing takes no lock, its steps are
-    apart, too: every interleaving with one ageing is searched, cut by fault, from `being_aged`, and logging stays on."""
+    """One page, one vCPU, cut by fault; the host ages by clear_flush_young() alone. Where ageing takes no lock, its steps are
+    apart: every interleaving with one ageing is searched, from `being_aged`, and logging stays on."""
     if kernel.ages_without_lock:
         vm = being_aged(hardware, kernel, Grain.FAULT)
         reach = plain_search(vm, Grain.FAULT, without=("ages", "ages and flushes", "disables"))
@@ -139,15 +139,15 @@ def judge(kernel: Kernel, hardware: Hardware) -> Judged:
 @cache
 def _cells(kernel: Kernel, hardware: Hardware) -> Cells:
     """The steps of that search, found once for both flush rules."""
-    return Cells(hardware, kernel, without=("ages",))
+    return Cells(hardware, kernel, grain=Grain.FAULT, without=("ages",))
 
 
 def run_under(relaxation: str, flush: FlushPolicy, hardware: Hardware) -> Run:
     """The shortest run that loses a write under one relaxation; if there is none, what becomes of the calls of such a run."""
     kernel = relaxed(relaxation, flush)
-    vm = being_aged(hardware, kernel) if relaxation == LOCK else smallest_vm(hardware, kernel)
-    trace = judge(kernel, hardware).trace or _calls(vm.copy(), relaxation)
-    run = retell(vm, trace)
+    starts = being_aged if relaxation == LOCK else smallest_vm
+    vm = starts(hardware, kernel, grain=Grain.FAULT)
+    run = retell(vm, judge(kernel, hardware).trace or _calls(vm.copy(), relaxation), Grain.FAULT)
     moments = [replace(m, action=m.action._replace(who=m.action.who.removesuffix(" mm"))) for m in run.moments]
     return replace(run, moments=tuple(moments))
 
@@ -164,9 +164,13 @@ def _calls(vm: Vm, relaxation: str) -> list[Action]:
     for call in [*begins, Action("user space", "enables"), writes]:
         following: list[Action] = [call]
         while following:
-            act(vm, following[0])
+            act(vm, following[0], Grain.FAULT)
             done.append(following[0])
-            own = [a for a in possible(vm) if a.who.removeprefix("KVM for ") == call.who and call.who != "host mm"]
+            own = [
+                a
+                for a in possible(vm, Grain.FAULT)
+                if a.who.removeprefix("KVM for ") == call.who and call.who != "host mm"
+            ]
             following = [a for a in own if a.who != call.who or (a.who == "user space" and ioctl_of(vm))]
     return done
 

@@ -141,15 +141,15 @@ CLICKS = {
         ({LEAF + "neither_but_MMU_writable": "yes"}, "Sound"),
     ],
     take_the_flush_away: [
-        ({}, "A write is lost, in 13 steps: no run loses one sooner."),
-        ({"the_flush_of_enabling": "kept"}, "No run loses a write: all 472 states were visited."),
+        ({}, "A write is lost, in 11 steps: no run loses one sooner."),
+        ({"the_flush_of_enabling": "kept"}, "No run loses a write: all 274 states were visited."),
         (
             {
                 "the_flush_of_enabling": "taken away",
                 "v6_12_but": "clear_flush_young",
                 "hardware": "EPT without A/D",
             },
-            "A write is lost, in 15 steps: no run loses one sooner.",
+            "A write is lost, in 12 steps: no run loses one sooner.",
         ),
         ({"v6_12_but": "no mmu_lock"}, "A write is lost, in 10 steps: no run loses one sooner."),
         ({"v6_12_but": "A is cleared"}, "No run loses a write"),

@@ -163,7 +163,7 @@ def test_a_smallest_set_passes(legacy, capsys):
     ("name", "undone", "hint"),
     [
         ("EPT without A/D", set(), "comes too late"),
-        ("EPT without A/D", {LOCK}, "in 15 steps"),
+        ("EPT without A/D", {LOCK}, "in 12 steps"),
         ("EPT without A/D", {YOUNG}, "in 10 steps"),
         ("EPT without A/D", {YOUNG, LOCK, W}, f"{W!r} need not be undone"),
         ("shadow paging", {D}, "who is to ask for the flush"),

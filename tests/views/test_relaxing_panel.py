@@ -40,7 +40,7 @@ def test_the_sentence_has_the_steps_of_the_run_or_the_states_of_the_proof():
 
 def test_it_opens_with_a_loss_and_the_flush_cures_each():
     panel = take_the_flush_away()
-    assert "in 13 steps" in panel.readout and panel.moments
+    assert "in 11 steps" in panel.readout and panel.moments
     for name, on in product(RELAXATIONS, RELAXED_ON):
         chosen = {"v6_12_but": name, "hardware": on}
         lost = panel.choose(the_flush_of_enabling="taken away", **chosen).startswith("A write is lost")
