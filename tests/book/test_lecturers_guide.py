@@ -142,10 +142,10 @@ CLICKS = {
     ],
     take_the_flush_away: [
         ({}, "A write is lost, in 11 steps: no run loses one sooner."),
-        ({"the_flush_of_enabling": "kept"}, "No run loses a write: all 274 states were visited."),
+        ({"the_flush": "kept"}, "No run loses a write: all 274 states were visited."),
         (
             {
-                "the_flush_of_enabling": "taken away",
+                "the_flush": "taken away",
                 "v6_12_but": "clear_flush_young",
                 "hardware": "EPT without A/D",
             },

@@ -28,7 +28,7 @@ def test_the_sentence_has_the_steps_of_the_run_or_the_states_of_the_proof():
     panel = take_the_flush_away()
     drawn = 0
     for name, flush, on in CASES:
-        said = panel.choose(v6_12_but=name, the_flush_of_enabling=flush, hardware=on)
+        said = panel.choose(v6_12_but=name, the_flush=flush, hardware=on)
         found = judge(relaxed(name, FLUSHES[flush]), RELAXED_ON[on])
         if found.trace:
             assert f"lost, in {len(found.trace)} steps" in said and len(panel.moments) == len(found.trace) + 1
@@ -43,5 +43,5 @@ def test_it_opens_with_a_loss_and_the_flush_cures_each():
     assert "in 11 steps" in panel.readout and panel.moments
     for name, on in product(RELAXATIONS, RELAXED_ON):
         chosen = {"v6_12_but": name, "hardware": on}
-        lost = panel.choose(the_flush_of_enabling="taken away", **chosen).startswith("A write is lost")
-        assert ("the same calls" in panel.choose(the_flush_of_enabling="kept", **chosen)) == lost
+        lost = panel.choose(the_flush="taken away", **chosen).startswith("A write is lost")
+        assert ("the same calls" in panel.choose(the_flush="kept", **chosen)) == lost
