@@ -36,7 +36,7 @@ FLUSHES: dict[str, FlushPolicy] = {"taken away": TAKEN, "kept": KEPT}
 
 # ---- five relaxations, each of them alone ----------------------------------------------------------------------------
 
-W, A, D = "W goes, MW stays", "A is cleared", "D is cleared"
+W, A, D = "W goes", "A is cleared", "D is cleared"
 YOUNG, LOCK = "clear_flush_young", "no mmu_lock"
 
 
