@@ -1,9 +1,9 @@
 """The runs that chapters tell, and words for what they show: pure functions from a few settings to results.
 
-`enabling` is the story of chapters 01 and 08, `slots` of chapter 02, `words` and `decoding` of chapter 03, `remembering`
-of chapter 04, `writes` of chapter 05, `ageing` of chapter 06, `faulting` of chapter 07, `reasons` of chapter 09, `beside`
-of chapter 15, `losses` of chapter 16; `runs` retells any run moment by moment. For notebooks, for views, which draw the
-results, and for exercises, which ask about them.
+`enabling` is the story of chapters 01 and 08, `slots` of chapter 02, `words` and `decoding` of chapter 03, `remembering` of
+chapter 04, `writes` of chapter 05, `ageing` of chapter 06, `faulting` of chapter 07, `reasons` of chapter 09, `relaxing` of
+chapter 14, `beside` of chapter 15, `losses` of chapter 16; `runs` retells any run moment by moment. For notebooks, for
+views, which draw the results, and for exercises, which ask about them.
 """
 
 from kvmbook.model import (
@@ -115,6 +115,27 @@ from kvmbook.scenes.reasons import (
     harm_of,
     page_with,
     reasons_of,
+)
+from kvmbook.scenes.relaxing import (
+    CYCLES,
+    FLUSHES,
+    JUDGED_ON,
+    KEPT,
+    RELAXATIONS,
+    RELAXED_ON,
+    TAKEN,
+    Cycles,
+    Judged,
+    Relaxation,
+    Verdicts,
+    being_aged,
+    cycles,
+    judge,
+    losing_runs,
+    relaxed,
+    run_under,
+    runs_that_lose,
+    verdicts_of,
 )
 from kvmbook.scenes.remembering import (
     CUT_OFF,

@@ -28,6 +28,7 @@ from kvmbook.views.museum_panel import confusions_picture, curator, proof_pictur
 from kvmbook.views.panel import Again, Panel, View, search_progress, step_through
 from kvmbook.views.quiz import Quiz
 from kvmbook.views.reasons_panel import may_w_come_back
+from kvmbook.views.relaxing_panel import take_the_flush_away
 from kvmbook.views.remembering_panel import who_remembers_what
 from kvmbook.views.results import Table
 from kvmbook.views.rules_panel import write_the_rule

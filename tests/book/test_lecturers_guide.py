@@ -23,6 +23,7 @@ from kvmbook.views import (
     model_beside_machine,
     one_write_four_ways,
     spte_inspector,
+    take_the_flush_away,
     which_errno,
     which_word_loses,
     who_flushes_where,
@@ -139,6 +140,20 @@ CLICKS = {
             "Unsound: a write can be lost, in 14 steps. 60 migrations of the workload: 55 flushes, 0 writes missed.",
         ),
         ({LEAF + "neither_but_MMU_writable": "yes"}, "Sound"),
+    ],
+    take_the_flush_away: [
+        ({}, "A write is lost, in 11 steps: no run loses one sooner."),
+        ({"the_flush": "kept"}, "No run loses a write: all 274 states were visited."),
+        (
+            {
+                "the_flush": "taken away",
+                "v6_12_but": "clear_flush_young",
+                "hardware": "EPT without A/D",
+            },
+            "A write is lost, in 12 steps: no run loses one sooner.",
+        ),
+        ({"v6_12_but": "no mmu_lock"}, "A write is lost, in 10 steps: no run loses one sooner."),
+        ({"v6_12_but": "A is cleared"}, "No run loses a write"),
     ],
     model_beside_machine: [
         ({}, "Both say the same, 8 times: memory has changed, and no report names it."),
