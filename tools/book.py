@@ -153,6 +153,7 @@ def build(
         wrong = [printed[-3000:]]
     if not wrong:
         drop_unread(built)
+        empty_downloads(built)
         pages.finish(built, contents(root))
         if binder:
             pages.link_to_binder(built, contents(root), binder)
@@ -167,6 +168,18 @@ def drop_unread(built: pathlib.Path) -> None:
     for source_map in (built / "_static").rglob("*.map"):
         source_map.unlink()
     shutil.rmtree(built / "_static/locales", ignore_errors=True)
+
+
+def empty_downloads(built: pathlib.Path) -> None:
+    """A notebook that a reader takes home from a page is run there: its outputs, with all that its widgets carry, are not in
+    it."""
+    for path in (built / "_sources").rglob("*.ipynb"):
+        notebook = nbformat.read(path, as_version=4)
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                cell.outputs, cell.execution_count = [], None
+        notebook.metadata.pop("widgets", None)
+        nbformat.write(notebook, path)
 
 
 def name_the_cell(warning: str) -> str:

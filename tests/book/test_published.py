@@ -1,6 +1,7 @@
 """The built pages: small, nothing asked of another host, found by their search, accessible."""
 
 import http.server
+import json
 import re
 import threading
 
@@ -47,6 +48,14 @@ def test_the_pages_are_small(pages):
     size = sum(path.stat().st_size for path in pages.rglob("*") if path.is_file())
     assert size < 25e6, f"{size / 1e6:.1f} MB"
     assert not list(pages.rglob("*.map")) and not (pages / "_static/locales").exists()  # no reader asks for these
+
+
+def test_a_notebook_to_take_home_has_the_code_and_no_outputs(pages):
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        here, there = (json.loads(p.read_text()) for p in (path, pages / "_sources/notebooks" / path.name))
+        code = [["".join(c["source"]) for c in each["cells"] if c["cell_type"] == "code"] for each in (here, there)]
+        assert code[0] == code[1] != [], path.name
+        assert "widgets" not in there["metadata"] and not any(cell.get("outputs") for cell in there["cells"])
 
 
 def test_no_page_names_a_script_or_style_of_another_host(pages):
