@@ -264,7 +264,7 @@ EXHIBITS = (
         V6_0.with_(pml_logs_nested=True).with_(spte_rules=OneTypeForAll), _beside(1, "ept", pages=2),
     ),
     Exhibit(
-        7, "The last page of the range", "1aa4bb916808", "v6.8", OPTIMISATION, WRONG_THING,
+        7, "The last page of the range", "1aa4bb916808", "v6.8", BUG, WRONG_THING,
         "Each mechanism leaves the page to the other, as the pass leaves the flush to whoever took W.",
         Hardware.ept(), Hardware.shadow(), Kernel.v6_2.with_(clear_split_forgets_last=False), Kernel.v6_2,
         Calls(4, Slot(0x3FF, 513, (0, 1), "2M"), manual=3),
