@@ -14,16 +14,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvmbook.model import Hardware, Kernel, Vm
-from kvmbook.search.cells import Control
+from kvmbook.search.cells import Cells
+from kvmbook.search.pagewise import Pagewise, search_pagewise
 from kvmbook.search.playing import script_of
 from kvmbook.search.schedule import Action, Grain, replay, smallest_vm
 from kvmbook.search.selftest import c_program
 from kvmbook.search.space import MOST_STATES, Space, space_of
-from kvmbook.search.tables import EXIT, UserSteps
+from kvmbook.search.tables import EXIT, PageSteps, Pairs
 
 UNSEEN = 255
 CHUNK = 1 << 16  # states handled at once: what they gather stays in the cache
 SCAN = 1 << 24  # bytes looked through at once
+FEW_STATES = 2000  # so many are sooner visited one by one than numbered
 
 Progress = Callable[[int, int, int], None]  # the level, the states met so far, how many there are at most
 
@@ -31,7 +33,8 @@ Progress = Callable[[int, int, int], None]  # the level, the states met so far, 
 @dataclass(frozen=True)
 class Result:
     """What a search found. ``states`` and ``transitions`` of the whole graph; ``depth``: the greatest distance of a state
-    from the start; ``trace``: a shortest run that loses a write, or None. The rest are its bounds."""
+    from the start; ``trace``: a shortest run that loses a write, or None. If not ``whole``, the search stopped at the loss:
+    ``states`` are those up to that level, ``transitions`` those of the levels before. The rest are its bounds."""
 
     hardware: Hardware
     kernel: Kernel
@@ -43,6 +46,7 @@ class Result:
     transitions: int
     depth: int
     trace: tuple[Action, ...] | None
+    whole: bool = True
 
     @property
     def safe(self) -> bool:
@@ -64,6 +68,7 @@ class Result:
 
     def __str__(self) -> str:
         size = f"{self.states:,} states, {self.transitions:,} transitions, depth {self.depth}"
+        size += "" if self.whole else ", where it stopped: no full count"
         found = "no run loses a write"
         if self.trace is not None:
             steps = (f"{number:3}  {action}" for number, action in enumerate(self.trace, 1))
@@ -81,36 +86,50 @@ def explore(
     grain: Grain = Grain.STEP,
     without: Collection[str] = (),
     progress: Progress | None = None,
+    whole: bool = True,
 ) -> Result:
-    """Search all runs of ``vcpus`` vCPUs on one slot of ``pages`` 4K pages.
+    """Search all runs of ``vcpus`` vCPUs on one slot of ``pages`` 4K pages; if not ``whole``, up to the level in which a
+    write is first lost, which is all that a shortest run needs.
 
     Bounds: accesses are reads and writes; the host only ages; harvests are KVM_GET_DIRTY_LOG; PML buffers do not fill; the
     fast path tries twice; steps that ``without`` names (`Action.what`, say "ages") are not done. ``progress`` is called now
     and then with the level, the number of states met so far, and a bound of it; `kvmbook.views.search_progress` is one.
-    Raises ValueError for sizes below 1, and, before it searches, for sizes that would need more than 4 GiB.
+    Raises ValueError for sizes below 1, and, before it visits more than a few states, for sizes that would need more than
+    4 GiB.
     """
-    space = space_of(hardware, kernel, pages, vcpus, grain, without)
-    if space.bound > MOST_STATES:
-        smaller = (space_of(hardware, kernel, p, vcpus, grain, without).bound for p in range(1, pages))
-        fit = sum(1 for _ in itertools.takewhile(lambda bound: bound <= MOST_STATES, smaller))
-        raise ValueError(
-            f"{pages} pages and {vcpus} vCPUs make up to {space.bound:,} states, {space.bound / 2**30:,.1f} GiB at one byte "
-            f"each, and as much again at work; {fit} page(s) fit. kvmbook.search.count_states does not visit them"
-        )
-    search = Search(space)
-    search.run(progress)
+    steps = PageSteps(Cells(hardware, kernel, pages, grain, without), vcpus)
     bounds = hardware, kernel, pages, vcpus, grain, frozenset(without)
-    return Result(*bounds, search.states, search.transitions, search.depth, search.shortest_loss())
+    if not whole and (near := search_pagewise(Pagewise(steps), FEW_STATES)) is not None:
+        return Result(*bounds, near.states, near.transitions, near.depth, near.trace, whole=near.trace is None)
+    space = Space(Pairs(steps))
+    if space.bound > MOST_STATES:
+        raise ValueError(_too_large(space, hardware, kernel, without))
+    search = Search(space)
+    search.run(progress, whole)
+    trace = search.shortest_loss()
+    return Result(*bounds, search.states, search.transitions, search.depth, trace, whole or trace is None)
+
+
+def _too_large(space: Space, hardware: Hardware, kernel: Kernel, without: Collection[str]) -> str:
+    pages, vcpus, grain = space.pages, space.pairs.vcpus, space.pairs.cells.grain
+    smaller = (space_of(hardware, kernel, p, vcpus, grain, without).bound for p in range(1, pages))
+    fit = sum(1 for _ in itertools.takewhile(lambda bound: bound <= MOST_STATES, smaller))
+    return (
+        f"{pages} pages and {vcpus} vCPUs make up to {space.bound:,} states, {space.bound / 2**30:,.1f} GiB at one byte "
+        f"each, and as much again at work; {fit} page(s) fit. kvmbook.search.count_states does not visit them"
+    )
 
 
 class Search:
     """Breadth-first over a `Space`. After `run`: ``states``, ``transitions``, ``depth``, and ``level``, one byte a state."""
 
     def __init__(self, space: Space) -> None:
-        self.space = space
+        self.space, self.pagewise = space, Pagewise(space.pairs.steps, space.pages)
         pairs, place = space.pairs, space.place
         self.everywhere = {what: place[np.array(to)[space.order]] for what, to in pairs.everywhere.items()}
         self.lost = np.array([pairs.steps.lost(*pair) for pair in pairs.pairs])[space.order]
+        blocks_lost = np.bincount(space.block, self.lost, len(space.size)) > 0
+        self.may_lose = blocks_lost[space.blocks].any(axis=1)
         self._rows_of_edges()
         self._columns_of_user_steps()
         self.may_exit = np.array([[space.may_exit(s, v) for v in range(pairs.vcpus)] for s in space.situations])
@@ -247,14 +266,17 @@ class Search:
 
     # ---- the whole search -------------------------------------------------------------------------------------------
 
-    def run(self, progress: Progress | None = None) -> None:
-        """Visit all states. What it finds is in this object alone: it can be interrupted at any time."""
+    def run(self, progress: Progress | None = None, whole: bool = True) -> None:
+        """Visit all states; if not ``whole``, up to the first level in which a write is lost. What it finds is in this
+        object alone: it can be interrupted at any time."""
         self.level = np.full(self.space.bound, UNSEEN, np.uint8)
         self.transitions, self.states, self.depth = 0, 0, 0
         frontier = self._put_together([self.space.place[:1]] * self.space.pages)
         self.level[frontier] = 0
         while frontier.size:
             self.states += frontier.size
+            if not whole and self._lost_in(frontier).any():
+                break
             frontier = self._next(frontier, progress)
             self.depth += bool(frontier.size)
 
@@ -305,16 +327,21 @@ class Search:
     def _first_lost(self) -> np.ndarray:
         """The states in which a write is lost, of the first level that has any."""
         found = [np.empty(0, np.int64)]
-        for situation, begin, end in zip(self.space.situations, self.space.base, self.space.base[1:], strict=False):
-            if any(self.lost[self.space.block == block].any() for block in situation):
-                states = begin + np.flatnonzero(self.level[begin:end] != UNSEEN)
-                _, ranks = self._take_apart(states)
-                firsts = (self.space.first[block] for block in situation)
-                lost = [self.lost.take(rank + first) for rank, first in zip(ranks, firsts, strict=True)]
-                found.append(states.compress(np.any(lost, axis=0)))
+        for begin, end in zip(self.space.base[:-1][self.may_lose], self.space.base[1:][self.may_lose], strict=True):
+            states = begin + np.flatnonzero(self.level[begin:end] != UNSEEN)
+            found.append(states.compress(self._lost_in(states)))
         states = np.concatenate(found)
         levels = self.level[states]
         return states.compress(levels == levels.min(initial=UNSEEN))
+
+    def _lost_in(self, states: np.ndarray) -> np.ndarray:
+        """Whether a write is lost in each of these, in ascending order."""
+        situation, ranks = self._take_apart(states)
+        lost = [
+            self.lost.take(rank + firsts.take(situation)) for rank, firsts in zip(ranks, self.space.firsts, strict=True)
+        ]
+        together: np.ndarray = np.logical_or.reduce(lost)
+        return together
 
     def pairs_in(self, state: int) -> list[int]:
         """For each page of one state the number of its pair, as in `Pairs`."""
@@ -327,32 +354,13 @@ class Search:
         return int(self._put_together([self.space.place[[pair]] for pair in pairs])[0])
 
     def actions(self, state: int) -> list[tuple[Action, int]]:
-        """The steps possible in one state, and where they lead: vCPUs first, then KVM for them, the host, user space."""
-        space, pairs, here = self.space, self.space.pairs, self.pairs_in(state)
-        situation = tuple(pairs.block[pair] for pair in here)
-        control = pairs.pairs[here[0]][0]
-        steps: list[tuple[Action, list[int]]] = []
-        for page, pair in enumerate(here):
-            for edge in pairs.edges[pair]:
-                if not edge.unless & space.elsewhere(situation, page):
-                    after = [pairs.everywhere[edge.everywhere][p] for p in here] if edge.everywhere else list(here)
-                    after[page] = pairs.number[control, edge.page]
-                    named = edge.action._replace(page=page) if edge.action.page is not None else edge.action
-                    steps.append((named, after))
-        for vcpu in range(pairs.vcpus):
-            drained = [pairs.everywhere[EXIT + vcpu][pair] for pair in here]
-            if drained != here and space.may_exit(situation, vcpu):
-                steps.append((Action(f"vCPU{vcpu}", "exits"), drained))
-        steps.sort(key=lambda step: ["vCPU", "KVM ", "host"].index(step[0].who[:4]))
-        for user in space.users(situation):
-            steps.append((user.action, self._after_user(user, here)))
-        return [(action, self.state_of(after)) for action, after in steps]
-
-    def _after_user(self, user: UserSteps, here: list[int]) -> list[int]:
-        becomes = [user.becomes[page % len(user.becomes)][pair] for page, pair in enumerate(here)]
-        control: Control | None = user.spoken if any(speaks for _, speaks in becomes) else user.silent
-        assert control is not None
-        return [self.space.pairs.number[control, page] for page, _ in becomes]
+        """The steps possible in one state, and where they lead, as `Pagewise.actions` orders them."""
+        found, pairs = self.pagewise, self.space.pairs
+        here = tuple(found.number(*pairs.pairs[pair]) for pair in self.pairs_in(state))
+        return [
+            (action, self.state_of([pairs.number[found.pairs[pair]] for pair in after]))
+            for action, after in found.actions(here)
+        ]
 
 
 def _columns(rows: list[list[int]], fill: int) -> list[np.ndarray]:

@@ -163,6 +163,11 @@ class PageSteps:
         changed = [after._replace(**differences(blank, w)) for _, w, _ in alone]
         return spoken.pop() if spoken else silent, self.page(joined(after, changed), [view for _, _, view in alone])
 
+    def holds_up_user(self, control: Control, page: Page) -> bool:
+        """Whether user space must wait for a fault on the page."""
+        faults = [fault for view in self.parts(page)[1] if (fault := view.fault) is not None]
+        return any(self.cells.blocks_user(control, fault) for fault in faults)
+
     def lost(self, control: Control, page: Page) -> bool:
         """Whether a write to the page is lost: written, and no view knows."""
         word, views = self.parts(page)
@@ -244,8 +249,7 @@ class Pairs:
             self.block.append(self._block_number.setdefault(key, len(self.blocks)))
             if self.block[-1] == len(self.blocks):
                 self.blocks.append(key)
-                faults = [fault for view in self.steps.parts(page)[1] if (fault := view.fault) is not None]
-                self.holds_up_user.append(any(self.cells.blocks_user(control, fault) for fault in faults))
+                self.holds_up_user.append(self.steps.holds_up_user(control, page))
         return number
 
     def _visit(self, number: int, control: Control, page: Page) -> None:
