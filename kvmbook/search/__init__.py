@@ -2,8 +2,8 @@
 
 `schedule` has the steps of a small VM and the plain search; `playing`, `selftest` and `recorder` make a run a C program for
 a real KVM; `cells` and `tables` keep what each step does, `pagewise` asks them for one state, `space` numbers the states,
-`explore` visits them, `products` counts them without, `anynumber` and `flush_rules` judge. For chapters 10 and 11, and for
-whoever wants to know whether a change of the model can lose a write.
+`explore` visits them (`levels`: its inner loop, compiled), `products` counts them without, `anynumber` and `flush_rules`
+judge. For chapters 10 and 11, and for whoever wants to know whether a change of the model can lose a write.
 
 The hunter looks beyond small slots and single steps, at runs of whole calls: `configurations` has what it goes over,
 `userspace` how a careful user space behaves, `known_faults` what is known already, `litmus` a run to hand on, `hunt` the

@@ -15,6 +15,7 @@ import numpy as np
 
 from kvmbook.model import Hardware, Kernel, Vm
 from kvmbook.search.cells import Cells
+from kvmbook.search.levels import Levels, PageTables, VmTables, pays
 from kvmbook.search.pagewise import Pagewise, search_pagewise
 from kvmbook.search.playing import script_of
 from kvmbook.search.schedule import Action, Grain, replay, smallest_vm
@@ -125,60 +126,69 @@ class Search:
 
     def __init__(self, space: Space) -> None:
         self.space, self.pagewise = space, Pagewise(space.pairs.steps, space.pages)
-        pairs, place = space.pairs, space.place
-        self.everywhere = {what: place[np.array(to)[space.order]] for what, to in pairs.everywhere.items()}
-        self.lost = np.array([pairs.steps.lost(*pair) for pair in pairs.pairs])[space.order]
+        self.lost = np.array([space.pairs.steps.lost(*pair) for pair in space.pairs.pairs])[space.order]
         blocks_lost = np.bincount(space.block, self.lost, len(space.size)) > 0
         self.may_lose = blocks_lost[space.blocks].any(axis=1)
-        self._rows_of_edges()
-        self._columns_of_user_steps()
-        self.may_exit = np.array([[space.may_exit(s, v) for v in range(pairs.vcpus)] for s in space.situations])
+        self.pages = self._steps_of_pages()
+        self.vm = self._steps_of_all()
+        self.near, self.far = self._columns()
+        self.levels = Levels(space, self.pages, self.vm) if pays(space) else None
 
     # ---- tables to gather from --------------------------------------------------------------------------------------
 
-    def _rows_of_edges(self) -> None:
-        """One row for each pair and for what may go on elsewhere, with the steps that are possible then: those that stay in
-        the block as differences, the others as (everywhere, pair)."""
+    def _steps_of_pages(self) -> PageTables:
+        """One row for each pair and for what may go on elsewhere, with the steps that are possible then."""
         space = self.space
-        edges = self._edges()
+        here, to, what, unless = self._edges()
+        begin, end = (np.searchsorted(here, pairs) for pairs in (space.first, space.first + space.size))
         rows: dict[tuple[int, int], int] = {}
-        near: list[list[int]] = []
-        far: list[list[tuple[int, int]]] = []
-        degree: list[int] = []
-        self.row = [np.empty(len(space.situations), np.int64) for _ in range(space.pages)]
+        pair, row, chosen, total = [np.empty(0, int)], [np.empty(0, int)], [np.empty(0, int)], 0
+        first = [np.empty(len(space.situations), np.int64) for _ in range(space.pages)]
         for s, situation in enumerate(space.situations):
             for page, block in enumerate(situation):
                 elsewhere = space.elsewhere(situation, page)
-                if rows.setdefault((block, elsewhere), len(degree)) == len(degree):
-                    low, high = int(space.first[block]), int(space.first[block] + space.size[block])
-                    for here in range(low, high):
-                        steps = [(what, to) for what, to, unless in edges[here] if not unless & elsewhere]
-                        away = {step for step in steps if step[0] or not low <= step[1] < high}
-                        near.append(sorted({to - here for step in steps if step not in away for to in step[1:]} - {0}))
-                        far.append(sorted(away))
-                        degree.append(len(steps))
-                self.row[page][s] = rows[block, elsewhere]
-        self.degree = np.array(degree)
-        self.near = _columns(near, 0)
-        self.far = {
-            what: _columns([[to for w, to in row if w == what] for row in far], -1) for what in (0, *self.everywhere)
-        }
+                if rows.setdefault((block, elsewhere), total) == total:
+                    edges = np.arange(begin[block], end[block])
+                    chosen.append(edges[unless[edges] & elsewhere == 0])
+                    row.append(here[chosen[-1]] + (total - space.first[block]))
+                    pair.append(space.first[block] + np.arange(space.size[block]))
+                    total += int(space.size[block])
+                first[page][s] = rows[block, elsewhere]
+        edge, of_row, of_pair = (np.concatenate(parts) for parts in (chosen, row, pair))
+        degree = np.bincount(of_row, minlength=total)
+        changes = (what[edge] != 0) | (to[edge] != here[edge])
+        kinds = len(space.pairs.effects) + 1
+        steps = np.unique(((of_row * kinds + what[edge]) * len(space.place) + to[edge])[changes])
+        steps, to = np.divmod(steps, len(space.place))
+        return PageTables(first, of_pair, degree, *np.divmod(steps, kinds), to)
 
-    def _edges(self) -> list[list[tuple[int, int, int]]]:
-        """The steps of each pair: what they do everywhere, if that is anything; the pair that they lead to; `Edge.unless`."""
-        pairs, place = self.space.pairs, self.space.place.tolist()
-        edges: list[list[tuple[int, int, int]]] = [[]] * len(place)
-        for number, (control, _) in enumerate(pairs.pairs):
-            edges[place[number]] = [
-                (e.everywhere, place[pairs.number[control, e.page]], e.unless) for e in pairs.edges[number]
-            ]
-        return edges
+    def _edges(self) -> np.ndarray:
+        """The steps of all pairs, by pair: the pair, the one that it becomes, what that does everywhere, `Edge.unless`."""
+        pairs, place = self.space.pairs, self.space.place
+        count = np.array([len(edges) for edges in pairs.edges])
+        numbers = itertools.chain.from_iterable(itertools.chain.from_iterable(pairs.edges))
+        to, what, unless = np.fromiter(numbers, np.int64, 3 * count.sum()).reshape(-1, 3).T
+        here = np.repeat(place, count)
+        return np.array([here, place[to], what, unless])[:, np.argsort(here, kind="stable")]
 
-    def _columns_of_user_steps(self) -> None:
-        """For the first, second, ... step of user space: what each pair becomes, in the silent and the spoken control, and
-        whether it speaks; by page, if that makes a difference."""
+    def _columns(self) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
+        """For the first, second, ... step of each row: how many pairs further on it leads, where it stays in the block; to
+        which pair, where it does not, by what it does everywhere."""
+        steps, block = self.pages, self.space.block
+        here, rows = steps.pair[steps.row], len(steps.degree)
+        stays = (steps.what == 0) & (block[steps.to] == block[here])
+        near, far = _columns(steps.row[stays], (steps.to - here)[stays], rows, 0), []
+        for what in range(len(self.vm.everywhere)):
+            leaves = ~stays & (steps.what == what)
+            far.append(_columns(steps.row[leaves], steps.to[leaves], rows, -1))
+        return near, far
+
+    def _steps_of_all(self) -> VmTables:
         space, pairs, place = self.space, self.space.pairs, self.space.place.tolist()
-        self.user: list[tuple[np.ndarray, np.ndarray]] = []
+        images = [place if what == 0 else space.place[pairs.everywhere[what]] for what in (0, *pairs.effects)]
+        everywhere = np.array(images)[:, space.order]
+        may_exit = np.array([[space.may_exit(s, v) for v in range(pairs.vcpus)] for s in space.situations])
+        user: list[tuple[np.ndarray, np.ndarray]] = []
         for nth in range(max(map(len, pairs.users.values()))):
             to = np.full((2, len(pairs.numbers), len(space.place)), -1)
             speaks = np.zeros((len(pairs.numbers), len(space.place)), bool)
@@ -190,8 +200,8 @@ class Search:
                         for column, control in enumerate((steps[nth].silent, steps[nth].spoken)):
                             if control is not None and not (says and column == 0):
                                 to[column, which, here] = place[pairs.number[control, page]]
-            self.user.append((to, speaks))
-        self.user_steps = np.array([len(space.users(situation)) for situation in space.situations])
+            user.append((to, speaks))
+        return VmTables(everywhere, may_exit, user, np.array([len(space.users(s)) for s in space.situations]))
 
     # ---- one level --------------------------------------------------------------------------------------------------
 
@@ -225,18 +235,18 @@ class Search:
         situation, ranks = self._take_apart(states)
         pairs = [rank + firsts.take(situation) for rank, firsts in zip(ranks, space.firsts, strict=True)]
         for page, rank in enumerate(ranks):
-            row, stride = rank + self.row[page].take(situation), space.strides[page].take(situation)
-            self.transitions += int(self.degree.take(row).sum())
+            row, stride = rank + self.pages.first[page].take(situation), space.strides[page].take(situation)
+            self.transitions += int(self.pages.degree.take(row).sum())
             for column in self.near:  # the situation stays, so the number changes by a multiple of the stride
                 yield slice(None), states + column.take(row) * stride
-            for what, columns in self.far.items():
+            for what, columns in enumerate(self.far):
                 for column in columns:
                     to = column.take(row)
                     which = np.flatnonzero(to >= 0)
                     if which.size:
                         after = [pair.take(which) for pair in pairs]
                         if what:
-                            after = [self.everywhere[what].take(pair) for pair in after]
+                            after = [self.vm.everywhere[what].take(pair) for pair in after]
                         after[page] = to.take(which)
                         yield which, self._put_together(after)
         yield from self._exits(situation, pairs)
@@ -245,18 +255,18 @@ class Search:
     def _exits(self, situation: np.ndarray, pairs: list[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """A vCPU in the guest whose PML buffer holds some page leaves it."""
         for vcpu in range(self.space.pairs.vcpus):
-            if self.may_exit[:, vcpu].any():
-                drained = self.everywhere[EXIT + vcpu]
+            if self.vm.may_exit[:, vcpu].any():
+                drained = self.vm.everywhere[EXIT + vcpu]
                 changes = np.any([drained.take(pair) != pair for pair in pairs], axis=0)
-                which = np.flatnonzero(changes & self.may_exit[:, vcpu].take(situation))
+                which = np.flatnonzero(changes & self.vm.may_exit[:, vcpu].take(situation))
                 self.transitions += which.size
                 yield which, self._put_together([drained.take(pair.take(which)) for pair in pairs])
 
     def _user_space(self, situation: np.ndarray, pairs: list[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """All pages change at once; where to depends on whether one of them speaks."""
-        possible = self.user_steps.take(situation)
+        possible = self.vm.user_steps.take(situation)
         self.transitions += int(possible.sum())
-        for nth, (to, speaks) in enumerate(self.user):
+        for nth, (to, speaks) in enumerate(self.vm.user):
             which = np.flatnonzero(possible > nth)
             here = [pair.take(which) for pair in pairs]
             spoken = np.zeros(which.size, int)
@@ -287,9 +297,7 @@ class Search:
         if number == UNSEEN:
             raise ValueError(f"a run of {UNSEEN} steps: one byte is too small for the level of a state")
         for begin in range(0, frontier.size, CHUNK):
-            for _, after in self.successors(frontier[begin : begin + CHUNK]):
-                new = after.compress(level.take(after) == UNSEEN)
-                level[new] = number
+            for new in self._mark(frontier[begin : begin + CHUNK], number):
                 count += new.size
                 if count * 1000 < len(level):
                     met.append(new)
@@ -299,6 +307,18 @@ class Search:
             return np.unique(np.concatenate([*met, frontier[:0]]))
         parts = range(0, len(level), SCAN)
         return np.concatenate([begin + np.flatnonzero(level[begin : begin + SCAN] == number) for begin in parts])
+
+    def _mark(self, states: np.ndarray, number: int) -> Iterator[np.ndarray]:
+        """Give all that follow on ``states`` and have no level yet this one; yield them."""
+        if self.levels is not None:
+            for _, after, _, transitions in self.levels.successors(states):
+                self.transitions += transitions
+                yield self.levels.mark(after, self.level, number)
+        else:
+            for _, after in self.successors(states):
+                new = after.compress(self.level.take(after) == UNSEEN)
+                self.level[new] = number
+                yield new
 
     # ---- a shortest run ---------------------------------------------------------------------------------------------
 
@@ -311,18 +331,31 @@ class Search:
         good = [goals]  # from the end to the start: the states on some shortest run
         for number in range(length - 1, -1, -1):
             states = np.flatnonzero(self.level == number)
-            leads = np.zeros(states.size, bool)
-            for begin in range(0, states.size, CHUNK):
-                part = leads[begin : begin + CHUNK]
-                for which, after in self.successors(states[begin : begin + CHUNK]):
-                    part[which] |= np.isin(after, good[-1])
-            good.append(states.compress(leads))
+            parts = [states[begin : begin + CHUNK] for begin in range(0, states.size, CHUNK)]
+            good.append(np.concatenate([part.compress(self._lead_to(good[-1], part, number + 1)) for part in parts]))
         self.transitions = counted
         trace, here = [], int(good.pop()[0])
         for goal in reversed(good):
             action, here = next(step for step in self.actions(here) if step[1] in goal)
             trace.append(action)
         return tuple(trace)
+
+    def _lead_to(self, goals: np.ndarray, states: np.ndarray, number: int) -> np.ndarray:
+        """Which of ``states`` have one of the ``goals``, all of one level, among their successors."""
+
+        def hits(after: np.ndarray) -> np.ndarray:
+            found: np.ndarray = self.level.take(after) == number
+            found[found] = np.isin(after.compress(found), goals)
+            return found
+
+        leads = np.zeros(states.size, bool)
+        if self.levels is not None:
+            for where, after, ends, _ in self.levels.successors(states):
+                leads[where] = np.diff(np.cumsum(hits(after)).take(ends - 1), prepend=0) > 0
+        else:
+            for which, after in self.successors(states):
+                leads[which] |= hits(after)
+        return leads
 
     def _first_lost(self) -> np.ndarray:
         """The states in which a write is lost, of the first level that has any."""
@@ -363,9 +396,9 @@ class Search:
         ]
 
 
-def _columns(rows: list[list[int]], fill: int) -> list[np.ndarray]:
-    """Lists of different lengths as columns, the short ones filled up."""
-    table = np.full((max(map(len, rows), default=0), len(rows)), fill)
-    for number, row in enumerate(rows):
-        table[: len(row), number] = row
+def _columns(row: np.ndarray, values: np.ndarray, rows: int, fill: int) -> list[np.ndarray]:
+    """What each row has, the rows ascending, as columns of all rows, the short ones filled up."""
+    nth = np.arange(row.size) - np.searchsorted(row, row)
+    table = np.full((nth.max(initial=-1) + 1, rows), fill)
+    table[nth, row] = values
     return list(table)
