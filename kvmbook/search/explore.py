@@ -100,8 +100,8 @@ def explore(
     """
     steps = PageSteps(Cells(hardware, kernel, pages, grain, without), vcpus)
     bounds = hardware, kernel, pages, vcpus, grain, frozenset(without)
-    if not whole and (near := search_pagewise(Pagewise(steps), FEW_STATES)) is not None:
-        return Result(*bounds, near.states, near.transitions, near.depth, near.trace, whole=near.trace is None)
+    if not whole and (reach := search_pagewise(Pagewise(steps), FEW_STATES)) is not None:
+        return Result(*bounds, reach.states, reach.transitions, reach.depth, reach.trace, reach.trace is None)
     space = Space(Pairs(steps))
     if space.bound > MOST_STATES:
         raise ValueError(_too_large(space, hardware, kernel, without))

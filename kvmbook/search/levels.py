@@ -20,12 +20,9 @@ from kvmbook.model import numba_is_there
 from kvmbook.search.space import Space
 from kvmbook.search.tables import EXIT
 
-LARGE, SMALL = (
-    1 << 23,
-    1 << 17,
-)  # numbers of a space from which on the loops pay: if they must be compiled, if they are there
+LARGE = 1 << 23  # numbers of a space from which on the loops pay, if they must be compiled or read from disk
+SMALL = 1 << 17  # the same, if they are there
 CHUNK = 1 << 13  # states handled at once: what they lead to stays in the cache
-
 
 _loaded: set[int] = set()  # for so many pages they are there
 

@@ -12,11 +12,11 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from kvmbook.model import FlushRule
-from kvmbook.search.cells import BLANK_VIEW, BLANK_WORD, Cells, Control, Step, View, Word
+from kvmbook.search.cells import BLANK_VIEW, BLANK_WORD, Cells, Control, View, Word
 from kvmbook.search.schedule import Action, Grain
 
 Page = tuple[int, ...]  # the number of a word, then of one view for each vCPU
@@ -45,6 +45,46 @@ class Edge(NamedTuple):
     unless: int
 
 
+class _Move(NamedTuple):
+    """A step of a vCPU: its ``names`` for each vCPU, the numbers of the word and the view that it leads to, and whether all
+    TLBs are ``flushed``, the vCPU ``exited``, or it ``starts`` what it could not if it were busy on another page."""
+
+    names: list[Action]
+    word: int
+    view: int
+    flushed: bool
+    exited: bool
+    starts: bool
+
+
+@dataclass
+class _Calm:
+    """What is known of one control without an ioctl, by numbers: the ``moves`` of a vCPU with one word and view, what a
+    flush or an exit makes of these, and what follows for pages."""
+
+    control: Control
+    moves: dict[tuple[int, int], list[_Move]] = field(default_factory=dict)
+    flushed: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
+    exited: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
+    edges: dict[Page, list[Edge]] = field(default_factory=dict)
+    everywhere: dict[tuple[Page, int], Page] = field(default_factory=dict)
+
+
+@dataclass
+class _User:
+    """What is known of one step of user space on the ``number``-th page: the ``silent`` control that it leads to, the word
+    that it makes of a ``blank`` page; what it makes of each word, and of a blank one with each view; and the control, where
+    user space learns something."""
+
+    control: Control
+    action: Action
+    number: int
+    silent: Control
+    blank: int
+    words: dict[int, tuple[Control | None, int]] = field(default_factory=dict)
+    views: dict[int, tuple[Control | None, int, int]] = field(default_factory=dict)
+
+
 class PageSteps:
     """The steps of one page with ``vcpus`` views, put together from cells."""
 
@@ -61,26 +101,31 @@ class PageSteps:
         self.vcpus = vcpus
         self.words, self.views = [BLANK_WORD], [BLANK_VIEW]
         self._word_number, self._view_number = {BLANK_WORD: 0}, {BLANK_VIEW: 0}
-        self._edges: dict[tuple[Control, Page], list[Edge]] = {}
-        self._everywhere: dict[tuple[Control, Page, int], Page] = {}
+        self._calm: dict[Control, _Calm] = {}
+        self._user: dict[tuple[Control, Action, int], _User] = {}
+        self._joined: dict[tuple[int, ...], int] = {}
+        self._waits: dict[int, int] = {}
         self.locks = {"read": 1 << vcpus, "write": 2 << vcpus}
 
     def with_flush(self, rule: FlushRule) -> PageSteps:
         """The same under another flush rule: what vCPUs and the host do is already known."""
         other = copy.copy(self)
-        other.cells = self.cells.with_flush(rule)
+        other.cells, other._user = self.cells.with_flush(rule), {}
         return other
 
     def page(self, word: Word, views: list[View]) -> Page:
         """The numbers of these parts; new parts get the next ones."""
-        if word not in self._word_number:
-            self._word_number[word] = len(self.words)
+        return (self._word(word), *map(self._view, views))
+
+    def _word(self, word: Word) -> int:
+        if (number := self._word_number.setdefault(word, len(self.words))) == len(self.words):
             self.words.append(word)
-        for view in views:
-            if view not in self._view_number:
-                self._view_number[view] = len(self.views)
-                self.views.append(view)
-        return (self._word_number[word], *(self._view_number[view] for view in views))
+        return number
+
+    def _view(self, view: View) -> int:
+        if (number := self._view_number.setdefault(view, len(self.views))) == len(self.views):
+            self.views.append(view)
+        return number
 
     def parts(self, page: Page) -> tuple[Word, list[View]]:
         """What these numbers stand for."""
@@ -103,65 +148,120 @@ class PageSteps:
 
     def edges(self, control: Control, page: Page) -> list[Edge]:
         """All steps of the vCPUs and the host on this page, less those that wait for user space's mmu_lock."""
-        key = self.cells.calm(control), page
-        if key not in self._edges:
-            self._edges[key] = list(self._find_edges(*key))
-        edges = self._edges[key]
+        here = self._calm_of(control)
+        if page not in here.edges:
+            here.edges[page] = [*self._vcpu_edges(here, page), *self._host_edges(here, page)]
+        edges = here.edges[page]
         held = self.locks[control.lock] if control.lock is not None else 0
         return [edge for edge in edges if not edge.unless & held] if held else edges
 
-    def _find_edges(self, calm: Control, page: Page) -> Iterator[Edge]:
-        word, views = self.parts(page)
-        held = [(v, fault.lock) for v, view in enumerate(views) if (fault := view.fault) is not None and fault.lock]
-        for v, view in enumerate(views):
-            waits = sum(self.locks[lock] for lock in self.locks if view.fault and self.cells.waits(view.fault, lock))
-            if any(self.locks[lock] & waits for holder, lock in held if holder != v):
-                continue
-            for action, step in self.cells.vcpu_step(calm, word, view).items():
-                starts = view.fault is None and action.what != "forgets"
-                after = self._others(calm, step, [*views[:v], step.view, *views[v + 1 :]], v)
-                everywhere = FLUSH if step.flushed else EXIT + v if step.exited else 0
-                named = action._replace(who=action.who.replace("vCPU0", f"vCPU{v}"))
-                yield Edge(named, after, everywhere, waits | starts << v)
-        waits = sum(self.locks[lock] for lock in self.locks if self.cells.waits(None, lock))
-        if not held:
-            for action, step in self.cells.host_step(calm, word).items():
-                yield Edge(action, self._others(calm, step, views, -1), FLUSH * step.flushed, waits)
+    def _calm_of(self, control: Control) -> _Calm:
+        if control not in self._calm:
+            calm = self.cells.calm(control)
+            self._calm[control] = self._calm.setdefault(calm, _Calm(calm))
+        return self._calm[control]
 
-    def _others(self, calm: Control, step: Step, views: list[View], mover: int) -> Page:
-        """The page after a step of vCPU ``mover`` (-1: the host): a flush concerns the other views too."""
-        page = self.page(step.word, views)
-        if not step.flushed:
-            return page
-        flushed = self.everywhere(calm, page, FLUSH)
-        return flushed if mover < 0 else (*flushed[: mover + 1], page[mover + 1], *flushed[mover + 2 :])
+    def _vcpu_edges(self, here: _Calm, page: Page) -> Iterator[Edge]:
+        word, *views = page
+        holds = [self._holds(view) for view in views]
+        for v, view in enumerate(views):
+            waits = self._waits_of(view)
+            if any(waits & held for other, held in enumerate(holds) if other != v):
+                continue
+            if (word, view) not in here.moves:
+                here.moves[word, view] = self._find_moves(here.control, word, view)
+            for names, to_word, to_view, flushed, exited, starts in here.moves[word, view]:
+                after = (to_word, *page[1 : v + 1], to_view, *page[v + 2 :])
+                if flushed:  # which concerns the other views too
+                    all_flushed = self._everywhere(here, after, FLUSH)
+                    after = (*all_flushed[: v + 1], to_view, *all_flushed[v + 2 :])
+                yield Edge(names[v], after, FLUSH if flushed else EXIT + v if exited else 0, waits | starts << v)
+
+    def _find_moves(self, calm: Control, word: int, view: int) -> list[_Move]:
+        """The steps of a vCPU that has this view."""
+        moves = []
+        for action, step in self.cells.vcpu_step(calm, self.words[word], self.views[view]).items():
+            starts = self.views[view].fault is None and action.what != "forgets"
+            names = [action._replace(who=action.who.replace("vCPU0", f"vCPU{v}")) for v in range(self.vcpus)]
+            moves.append(_Move(names, self._word(step.word), self._view(step.view), step.flushed, step.exited, starts))
+        return moves
+
+    def _host_edges(self, here: _Calm, page: Page) -> Iterator[Edge]:
+        if not any(self._holds(view) for view in page[1:]):
+            waits = sum(self.locks[lock] for lock in self.locks if self.cells.waits(None, lock))
+            for action, step in self.cells.host_step(here.control, self.words[page[0]]).items():
+                after = (self._word(step.word), *page[1:])
+                after = self._everywhere(here, after, FLUSH) if step.flushed else after
+                yield Edge(action, after, FLUSH * step.flushed, waits)
+
+    def _holds(self, view: int) -> int:
+        """The mmu_lock that the fault of a view holds, as `Edge.unless` counts it."""
+        fault = self.views[view].fault
+        return self.locks[fault.lock] if fault is not None and fault.lock else 0
+
+    def _waits_of(self, view: int) -> int:
+        """The ways of holding mmu_lock that the fault of a view must wait for."""
+        if view not in self._waits:
+            fault = self.views[view].fault
+            self._waits[view] = sum(self.locks[lock] for lock in self.locks if fault and self.cells.waits(fault, lock))
+        return self._waits[view]
 
     def everywhere(self, control: Control, page: Page, what: int) -> Page:
         """What a flush, or the exit of one vCPU, makes of any page."""
-        key = self.cells.calm(control), page, what
-        if key not in self._everywhere:
-            word, views = self.parts(page)
-            concerned = range(self.vcpus) if what == FLUSH else [what - EXIT]
-            runs = self.cells.flushed if what == FLUSH else self.cells.exited
-            steps = {v: runs(key[0], word, views[v]) for v in concerned}
-            for v, step in steps.items():
-                views[v] = step.view
-            self._everywhere[key] = self.page(joined(word, [step.word for step in steps.values()]), views)
-        return self._everywhere[key]
+        return self._everywhere(self._calm_of(control), page, what)
+
+    def _everywhere(self, here: _Calm, page: Page, what: int) -> Page:
+        key = page, what
+        if key not in here.everywhere:
+            word, *views = page
+            steps = here.flushed if what == FLUSH else here.exited
+            run = self.cells.flushed if what == FLUSH else self.cells.exited
+            words = []
+            for v in range(self.vcpus) if what == FLUSH else [what - EXIT]:
+                if (word, views[v]) not in steps:
+                    step = run(here.control, self.words[word], self.views[views[v]])
+                    steps[word, views[v]] = self._word(step.word), self._view(step.view)
+                to_word, views[v] = steps[word, views[v]]
+                words.append(to_word)
+            here.everywhere[key] = (self._join(word, word, words), *views)
+        return here.everywhere[key]
+
+    def _join(self, word: int, before: int, results: list[int]) -> int:
+        """The word after all changes that were made of ``before``, each alone."""
+        if results.count(before) == len(results):
+            return word
+        key = word, before, *results
+        if key not in self._joined:
+            changes = [differences(self.words[before], self.words[result]) for result in results]
+            together = {name: new for change in changes for name, new in change.items()}
+            self._joined[key] = self._word(self.words[word]._replace(**together))
+        return self._joined[key]
 
     # ---- what user space does to it ---------------------------------------------------------------------------------
 
     def user_step(self, control: Control, action: Action, page: Page, number: int) -> tuple[Control, Page]:
         """The control and the page after a step of user space; the page is the ``number``-th of the slot."""
-        word, views = self.parts(page)
-        run = self.cells.user_step
-        silent, blank, _ = run(control, action, BLANK_WORD, BLANK_VIEW, number)
-        controls, after, _ = run(control, action, word, BLANK_VIEW, number)
-        alone = [run(control, action, BLANK_WORD, view, number) for view in views]
-        spoken = {c for c in (controls, *(c for c, _, _ in alone)) if c != silent}
+        key = control, action, number
+        if key not in self._user:
+            silent, blank, _ = self.cells.user_step(control, action, BLANK_WORD, BLANK_VIEW, number)
+            self._user[key] = _User(control, action, number, silent, self._word(blank))
+        step, (word, *views) = self._user[key], page
+        after = step.words[word] if word in step.words else self._after_user(step, word)
+        alone = [step.views[view] if view in step.views else self._view_after_user(step, view) for view in views]
+        spoken = {to for to in (after[0], *(to for to, _, _ in alone)) if to is not None}
         assert len(spoken) <= 1, "parts of a page disagree on what user space learns"
-        changed = [after._replace(**differences(blank, w)) for _, w, _ in alone]
-        return spoken.pop() if spoken else silent, self.page(joined(after, changed), [view for _, _, view in alone])
+        word = self._join(after[1], step.blank, [changed for _, changed, _ in alone])
+        return spoken.pop() if spoken else step.silent, (word, *(view for _, _, view in alone))
+
+    def _after_user(self, step: _User, word: int) -> tuple[Control | None, int]:
+        to, after, _ = self.cells.user_step(step.control, step.action, self.words[word], BLANK_VIEW, step.number)
+        step.words[word] = to if to != step.silent else None, self._word(after)
+        return step.words[word]
+
+    def _view_after_user(self, step: _User, view: int) -> tuple[Control | None, int, int]:
+        to, word, after = self.cells.user_step(step.control, step.action, BLANK_WORD, self.views[view], step.number)
+        step.views[view] = to if to != step.silent else None, self._word(word), self._view(after)
+        return step.views[view]
 
     def holds_up_user(self, control: Control, page: Page) -> bool:
         """Whether user space must wait for a fault on the page."""
@@ -172,12 +272,6 @@ class PageSteps:
         """Whether a write to the page is lost: written, and no view knows."""
         word, views = self.parts(page)
         return word.written and all(self.cells.lost(control, word, view) for view in views)
-
-
-def joined(word: Word, results: list[Word]) -> Word:
-    """What several changes of one word come to together: each field as it was, unless one of them changed it."""
-    changes = [differences(word, result) for result in results]
-    return word._replace(**{name: new for change in changes for name, new in change.items()})
 
 
 def differences(before: Word, after: Word) -> dict[str, Any]:
@@ -206,9 +300,9 @@ class Pairs:
     """All pairs of a slot with ``steps.cells.pages`` pages and ``steps.vcpus`` vCPUs, numbered as they are found.
 
     ``pairs[i]``: control and page; ``edges[i]``: its steps, each as the pair that it leads to, and `Edge.everywhere` and
-    ``unless``; ``everywhere[what][i]``: the pair that a flush or an exit makes
-    of pair i, ``quiet`` those that change none, which the edges leave out; ``block[i]``: its block; ``blocks[b]``: control
-    and gates; ``members[b]``: its pairs; ``holds_up_user[b]``: whether user space must wait while a page is there;
+    ``unless``; ``everywhere[what][i]``: the pair that a flush or an exit makes of pair i, ``quiet`` those that change none,
+    which the edges leave out; ``block[i]``: its block; ``blocks[b]``: control and gates; ``members[b]``: its pairs;
+    ``holds_up_user[b]``: whether user space must wait while a page is there;
     ``users[control]``: the steps of user space.
     """
 
