@@ -101,7 +101,8 @@ class PageSteps:
         self.vcpus = vcpus
         self.words, self.views = [BLANK_WORD], [BLANK_VIEW]
         self._word_number, self._view_number = {BLANK_WORD: 0}, {BLANK_VIEW: 0}
-        self._calm: dict[Control, _Calm] = {}
+        self._calm: dict[Control, _Calm] = {}  # of every control, in the cells of this one
+        self._known: dict[Control, _Calm] = {}  # of the calm ones, also by those of another flush rule
         self._user: dict[tuple[Control, Action, int], _User] = {}
         self._joined: dict[tuple[int, ...], int] = {}
         self._waits: dict[int, int] = {}
@@ -110,7 +111,7 @@ class PageSteps:
     def with_flush(self, rule: FlushRule) -> PageSteps:
         """The same under another flush rule: what vCPUs and the host do is already known."""
         other = copy.copy(self)
-        other.cells, other._user = self.cells.with_flush(rule), {}
+        other.cells, other._calm, other._user = self.cells.with_flush(rule), {}, {}
         return other
 
     def page(self, word: Word, views: list[View]) -> Page:
@@ -158,7 +159,7 @@ class PageSteps:
     def _calm_of(self, control: Control) -> _Calm:
         if control not in self._calm:
             calm = self.cells.calm(control)
-            self._calm[control] = self._calm.setdefault(calm, _Calm(calm))
+            self._calm[control] = self._known.setdefault(calm, _Calm(calm))
         return self._calm[control]
 
     def _vcpu_edges(self, here: _Calm, page: Page) -> Iterator[Edge]:
@@ -302,16 +303,13 @@ class Pairs:
     ``pairs[i]``: control and page; ``edges[i]``: its steps, each as the pair that it leads to, and `Edge.everywhere` and
     ``unless``; ``everywhere[what][i]``: the pair that a flush or an exit makes of pair i, ``quiet`` those that change none,
     which the edges leave out; ``block[i]``: its block; ``blocks[b]``: control and gates; ``members[b]``: its pairs;
-    ``holds_up_user[b]``: whether user space must wait while a page is there;
-    ``users[control]``: the steps of user space.
+    ``holds_up_user[b]``: whether user space must wait while a page is there; ``users[control]``: the steps of user space.
     """
 
     def __init__(self, steps: PageSteps) -> None:
         self.steps, self.cells, self.vcpus = steps, steps.cells, steps.vcpus
         cells, vcpus = self.cells, self.vcpus
-        self.numbers = (
-            range(cells.pages) if cells.grain is Grain.STEP else range(1)
-        )  # only there a pass tells pages apart
+        self.numbers = range(cells.pages if cells.grain is Grain.STEP else 1)  # only there a pass tells pages apart
         self.effects = [FLUSH, *(EXIT + v for v in range(vcpus))]
         self.pairs: list[Pair] = []
         self.number: dict[Pair, int] = {}
