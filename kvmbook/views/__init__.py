@@ -24,6 +24,7 @@ from kvmbook.views.inspector import (
     spte_inspector,
 )
 from kvmbook.views.losses_panel import which_word_loses, word_picture
+from kvmbook.views.migration_panel import migration_picture, move_a_guest
 from kvmbook.views.museum_panel import confusions_picture, curator, proof_picture
 from kvmbook.views.panel import Again, Panel, View, search_progress, step_through
 from kvmbook.views.quiz import Quiz
