@@ -100,7 +100,7 @@ class Store:
             elif logged != DELETED and key not in index:
                 found.append(f"{key} is gone; the log says: {logged}")
             elif logged not in (DELETED, has):
-                found.append(f"{key} is {has}; the log says: {logged}")
+                found.append(f"{key} is {has or 'not where the index says'}; the log says: {logged}")
         return found
 
     def page(self, number: int) -> dict[str, str]:
@@ -128,7 +128,7 @@ class Clients(Protocol):
 
 @dataclass(frozen=True)
 class Script:
-    """Clients that do what is written down: operations by tick."""
+    """Clients that do what is written down: requests by tick."""
 
     by_tick: Mapping[int, Sequence[Request]] = field(hash=False)
 
@@ -139,7 +139,7 @@ class Script:
 @dataclass(frozen=True)
 class Workload:
     """Random clients: all keys are put in tick 0; later a tick is ``idle`` with that probability, and otherwise has
-    ``rate`` operations: six gets of ten, three puts, one delete, of keys of which the first are the favourites."""
+    ``rate`` requests: six gets of ten, three puts, one delete, of keys of which the first are the favourites."""
 
     seed: int
     idle: float = 0.0

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from kvmbook.scenes import Moment, Scene
+from kvmbook.scenes import Chance, Moment, Scene
 from kvmbook.views.drawing import INK, LOOK, LOST, Picture, block, box, svg, text
 
 if TYPE_CHECKING:
@@ -230,6 +230,17 @@ def plot_missed(ax: Axes, xs: Sequence[int], missed: Mapping[str, Sequence[int]]
     ax.tick_params(labelsize=13)
     ax.grid(alpha=0.3)
     ax.legend(title="flush rule", fontsize=12, title_fontsize=12)
+
+
+def plot_chances(ax: Axes, xs: Sequence[float], chances: Sequence[Chance], mark: str, label: str) -> None:
+    """Draw how often something ends so, with its 95 % band around it."""
+    low, high = zip(*(chance.band for chance in chances), strict=True)
+    line = ax.plot(xs, [chance.share for chance in chances], marker=mark, label=label, linewidth=2, markersize=8)
+    ax.fill_between(xs, low, high, alpha=0.25, color=line[0].get_color())
+    ax.set_ylabel("wrong at the destination", fontsize=13)
+    ax.tick_params(labelsize=12)
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=11)
 
 
 def plot_rules(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kvmbook.model import Hardware, Kernel
 from kvmbook.scenes import INDEX, LOG, MODES, Migrated, Setting, Workload, migrate
-from kvmbook.views.drawing import INK, LOOK, LOST, Picture, block, box, svg, text
+from kvmbook.views.drawing import INK, LOOK, LOST, Picture, block, svg, text
 from kvmbook.views.panel import Panel, View
 
 CPUS = {
@@ -88,7 +88,9 @@ def move_a_guest() -> Panel:
     """Chapter 12: hardware, release, how user space takes the log, how idle the guest is, whether the host ages."""
 
     def show(cpu: str, release: str, mode: str, guest: str, host: str) -> View:
-        setting = Setting(hardware=CPUS[cpu], kernel=RELEASES[release], mode=mode, ageing=HOSTS[host], bandwidth=BANDWIDTH)
+        setting = Setting(
+            hardware=CPUS[cpu], kernel=RELEASES[release], mode=mode, ageing=HOSTS[host], bandwidth=BANDWIDTH
+        )
         moved = migrate(setting, Workload(SEED, GUESTS[guest]))
         said = f"Enabling met {moved.writable or 'no'} writable SPTE{'s' * (moved.writable > 1)}, and "
         said += "flushed. " if moved.enabling_flushed else "did not flush. "
