@@ -17,6 +17,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import pathlib
 import sys
 import time
 import traceback
@@ -201,6 +202,7 @@ class _Work:
         self.size, self.window = 1, 2
 
     def arrivals(self) -> Generator[Done, None, None]:
+        """Each run once: what the file has, then the others as they come."""
         self.lines = _Lines(self.keep, self.run, self.settings)
         wanted = list(itertools.product(range(len(self.settings)), self.seeds))
         kept = {key: self.lines.kept[key] for key in wanted if key in self.lines.kept}
@@ -234,7 +236,7 @@ class _Work:
             return False
         if self.pool is None and self.make:
             self.pool = self.make()
-        assert self.pool, "an executor that was passed is never given up"
+        assert self.pool is not None, "an executor that was passed is never given up"
         begin = time.monotonic()
         try:
             future = self.pool.submit(_do, self.run, self.settings[task.number], task.seeds, next(TICKETS))
@@ -254,7 +256,8 @@ class _Work:
         except Exception as error:  # none of the run's: no worker answered
             return self._lost(task, error)
         self.lines.write(task, answer)
-        self._measure(answer, time.monotonic() - begin)
+        if not task.losses:
+            self._measure(answer, time.monotonic() - begin)
         for seed, value in zip(task.seeds, answer.values, strict=False):
             yield Done(self.settings[task.number], seed, json.loads(value))
         if answer.error:
@@ -306,25 +309,24 @@ class _Lines:
 
     def __init__(self, path: Path | None, run: Run, settings: Sequence[Any]) -> None:
         self.kept: dict[tuple[int, int], Any] = {}
-        self.file = None
+        self.file: FileIO | None = None
         if path is None:
             return
         named = {"run": f"{run.__module__}.{run.__qualname__}", "settings": list(map(repr, settings))}
         head = json.dumps(named).encode()
         if b" at 0x" in head:
             raise ValueError("a setting that is kept needs a repr that says what it is, not where in memory")
-        self.file = FileIO(path, "a+")  # each line is written by one call
-        self.file.seek(0)
-        whole, newline, torn = self.file.read().rpartition(b"\n")
+        text = pathlib.Path(path).read_bytes() if os.path.exists(path) else b""
+        whole, newline, torn = text.rpartition(b"\n")
         first, *lines = whole.split(b"\n")
         if first != head if newline else not head.startswith(torn):
-            self.file.close()
             raise ValueError(f"{os.fspath(path)} is of another run or of other settings: keep this sweep elsewhere")
-        self.file.truncate(len(whole) + len(newline))
-        if not newline:
-            self.file.write(head + b"\n")
         for number, seeds, values in map(json.loads, lines):
             self.kept.update(((number, seed), value) for seed, value in zip(seeds, values, strict=True))
+        self.file = FileIO(path, "a")  # not buffered: a line is written by one call
+        self.file.truncate(len(whole + newline))
+        if not newline:
+            self.file.write(head + b"\n")
 
     def write(self, task: _Task, answer: _Answer) -> None:
         if self.file and answer.values:

@@ -51,12 +51,14 @@ def dask():
 
 @pytest.fixture(scope="module")
 def ipyparallel(tmp_path_factory):
-    """An executor of two engines on this machine, whose files are not in the user's folder."""
+    """An executor of two engines on this machine, whose files are not in the user's folder. An engine is there after its
+    first heartbeat, and lost after ten that are missing, so they beat faster than by default."""
     ipp = pytest.importorskip("ipyparallel")
+    options = {"controller_ip": "127.0.0.1", "controller_args": ["--HeartMonitor.period=150"]}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("IPYTHONDIR", str(tmp_path_factory.mktemp("ipython")))
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-        with ipp.Cluster(n=2, controller_ip="127.0.0.1", log_level=50) as client:
+        with ipp.Cluster(n=2, log_level=50, **options) as client:
             yield client.executor()
 
 
@@ -215,8 +217,8 @@ def test_long_runs_are_handed_out_one_by_one():
 
 
 def test_processes_that_lose_a_worker_are_replaced_and_its_seeds_are_tried_again(tmp_path):
-    setting = Killing(str(tmp_path), seed=30, times=1)
-    assert sweep(killing, [setting], range(60), processes).of(setting) == [seed**2 for seed in range(60)]
+    setting = Killing(str(tmp_path), seed=15, times=1)
+    assert sweep(killing, [setting], range(30), processes).of(setting) == [seed**2 for seed in range(30)]
     assert len(list(tmp_path.iterdir())) == 1
 
 
@@ -236,9 +238,15 @@ def test_a_pool_that_was_passed_cannot_be_mended_and_that_is_said(tmp_path):
 
 
 def test_what_a_lost_worker_of_dask_had_is_tried_again(tmp_path, dask):
-    setting = Killing(str(tmp_path), seed=30, times=2)
-    assert sweep(killing, [setting], range(60), dask).of(setting) == [seed**2 for seed in range(60)]
+    setting = Killing(str(tmp_path), seed=15, times=2)
+    assert sweep(killing, [setting], range(30), dask).of(setting) == [seed**2 for seed in range(30)]
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_a_lost_engine_of_ipyparallel_had_is_tried_again(tmp_path, ipyparallel):
+    setting = Killing(str(tmp_path), seed=15, times=1)
+    assert sweep(killing, [setting], range(30), ipyparallel).of(setting) == [seed**2 for seed in range(30)]
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 class Losing(Executor):
