@@ -26,7 +26,7 @@ WINGS = {
     "search": [
         "schedule", "playing", "selftest", "recorder", "cells", "tables", "space", "explore", "products", "anynumber",
         "flush_rules", "configurations", "userspace", "known_faults", "litmus", "random_runs", "hunt", "cast", "museum",
-        "__main__",
+        "sweep", "__main__",
     ],
     "scenes": [
         "enabling", "ageing", "faulting", "slots", "writes", "words", "decoding", "remembering", "reasons",
@@ -44,7 +44,7 @@ WINGS = {
     ],
 }  # fmt: skip
 PACKAGE = ROOT / "kvmbook"
-NAMED_AS_THEIR_ROOM = ("explore", "hunt", "book_map")
+NAMED_AS_THEIR_ROOM = ("explore", "hunt", "sweep", "book_map")
 
 
 def imports_of(path):

@@ -11,6 +11,8 @@ search itself: `python -m kvmbook.search`. For chapter 16, and for whoever chang
 
 The museum has twelve lost writes of the past: `cast` moves actors that the others do not have, `museum` has the exhibits.
 For chapter 13.
+
+`sweep` makes one run for many seeds and settings, here or on any executor. For whoever wants to know how often, not whether.
 """
 
 from kvmbook.search.anynumber import AnyNumber, Verdict, any_number
@@ -29,5 +31,6 @@ from kvmbook.search.recorder import Recorder
 from kvmbook.search.schedule import Action, Grain, Moving, act, plain_search, possible, search_plainly, smallest_vm
 from kvmbook.search.selftest import FORMS, c_program, left_to_chance
 from kvmbook.search.space import Space, space_of
+from kvmbook.search.sweep import Done, Run, Sweep, SweepError, Workers, stream, sweep
 from kvmbook.search.tables import EXIT, PageSteps, Pairs
 from kvmbook.search.userspace import INTERRUPTED, Play
