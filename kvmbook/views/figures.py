@@ -237,10 +237,8 @@ def plot_chances(ax: Axes, xs: Sequence[float], chances: Sequence[Chance], mark:
     low, high = zip(*(chance.band for chance in chances), strict=True)
     line = ax.plot(xs, [chance.share for chance in chances], marker=mark, label=label, linewidth=2, markersize=8)
     ax.fill_between(xs, low, high, alpha=0.25, color=line[0].get_color())
-    ax.set_ylabel("wrong at the destination", fontsize=13)
     ax.tick_params(labelsize=12)
-    ax.grid(alpha=0.3)
-    ax.legend(fontsize=11)
+    ax.grid(visible=True, alpha=0.3)
 
 
 def plot_rules(
