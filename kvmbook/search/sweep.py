@@ -27,6 +27,7 @@ from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future
 from contextlib import closing
 from dataclasses import dataclass
 from io import FileIO
+from operator import index
 from typing import Any, NamedTuple, TextIO
 
 import numpy as np
@@ -105,7 +106,7 @@ def sweep(
 
     SweepError if a run raises an error, or its worker is lost whenever it is tried. ValueError if settings or seeds are
     not distinct, or the file is of another sweep."""
-    settings, seeds = tuple(settings), tuple(seeds)
+    settings, seeds = tuple(settings), tuple(map(index, seeds))
     rows: dict[int, dict[int, Any]] = {id(setting): {} for setting in settings}
     with closing(stream(run, settings, seeds, executor, keep=keep, progress=progress)) as arrivals:  # also on Ctrl-C
         for setting, seed, value in arrivals:
@@ -123,7 +124,7 @@ def stream(
     progress: bool | TextIO | None = None,
 ) -> Generator[Done, None, None]:
     """As `sweep`, but results one by one, as they come: first those that the file has. To close it cancels the rest."""
-    return _Work(run, tuple(settings), tuple(seeds), executor, keep, progress).arrivals()
+    return _Work(run, tuple(settings), tuple(map(index, seeds)), executor, keep, progress).arrivals()
 
 
 # ---- what a worker does ----------------------------------------------------------------------------------------------
@@ -234,7 +235,7 @@ class _Work:
             task = next(self.tasks, None) if len(self.flying) < self.window else None
         if task is None:
             return False
-        if self.pool is None and self.make:
+        if self.pool is None and self.make is not None:
             self.pool = self.make()
         assert self.pool is not None, "an executor that was passed is never given up"
         begin = time.monotonic()
@@ -295,7 +296,7 @@ class _Work:
         """Cancel what waits, and keep what has been done meanwhile."""
         for future in self.flying:
             future.cancel()
-        if self.make and self.pool:
+        if self.make is not None and self.pool is not None:
             self.pool.shutdown()
         for future, (task, _) in self.flying.items():
             if future.done() and not future.cancelled() and future.exception() is None:
