@@ -30,17 +30,17 @@ WINGS = {
     ],
     "scenes": [
         "enabling", "ageing", "faulting", "slots", "writes", "words", "decoding", "remembering", "reasons",
-        "beside", "runs", "losses", "museum", "relaxing",
+        "beside", "runs", "losses", "museum", "relaxing", "store", "migration", "chances",
     ],
     "views": [
         "scripts", "results", "drawing", "figures", "word_figures", "run_figures", "widget", "panel", "enabling_panels",
         "ageing_panel", "slot_panels", "remembering_panel", "faulting_panel", "writes_panel", "reasons_panel",
-        "rules_panel", "beside_panel", "losses_panel", "museum_panel", "relaxing_panel", "inspector",
-        "scheduler", "quiz", "guess", "book_map",
+        "rules_panel", "beside_panel", "losses_panel", "museum_panel", "relaxing_panel",
+        "migration_panel", "inspector", "scheduler", "quiz", "guess", "book_map",
     ],
     "exercises": [
         "mechanism", "vms", "ch01", "ch02", "ch03", "ch04", "ch05", "ch06", "ch07", "ch08", "ch09", "ch10",
-        "ch11", "ch13", "ch14", "ch15", "ch16",
+        "ch11", "ch12", "ch13", "ch14", "ch15", "ch16",
     ],
 }  # fmt: skip
 PACKAGE = ROOT / "kvmbook"

@@ -232,11 +232,16 @@ def plot_missed(ax: Axes, xs: Sequence[int], missed: Mapping[str, Sequence[int]]
     ax.legend(title="flush rule", fontsize=12, title_fontsize=12)
 
 
-def plot_chances(ax: Axes, xs: Sequence[float], chances: Sequence[Chance], mark: str, label: str) -> None:
-    """Draw how often something ends so, with its 95 % band around it."""
-    low, high = zip(*(chance.band for chance in chances), strict=True)
-    line = ax.plot(xs, [chance.share for chance in chances], marker=mark, label=label, linewidth=2, markersize=8)
-    ax.fill_between(xs, low, high, alpha=0.25, color=line[0].get_color())
+def plot_chances(ax: Axes, idle: Sequence[float], chances: Mapping[str, Sequence[Chance]], title: str) -> None:
+    """Draw how often guests arrive wrong, against how idle they are: a line each, with its 95 % band around it."""
+    for mark, (label, line) in zip("osD^v", chances.items(), strict=False):
+        low, high = zip(*(chance.band for chance in line), strict=True)
+        (drawn,) = ax.plot(idle, [chance.share for chance in line], marker=mark, label=label, linewidth=2, markersize=8)
+        ax.fill_between(idle, low, high, alpha=0.25, color=drawn.get_color())
+    ax.set_title(title, fontsize=14)
+    ax.set_xlabel("how idle the guest is", fontsize=13)
+    ax.set_ylabel("wrong at the destination", fontsize=13)
+    ax.label_outer()
     ax.tick_params(labelsize=12)
     ax.grid(visible=True, alpha=0.3)
 
