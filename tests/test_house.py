@@ -155,6 +155,15 @@ def test_the_readmes_ten_lines_print_what_the_readme_says_also_at_a_prompt():
         assert done.stdout == printed
 
 
+def test_the_readmes_sweep_runs(tmp_path):
+    (code,) = re.findall(r"```python\n(from concurrent.*?)```", (ROOT / "README.md").read_text(), re.S)
+    few = code.replace("range(100)", "range(2)")
+    assert few != code
+    done = subprocess.run([sys.executable, "-c", few], cwd=tmp_path, capture_output=True, text=True, check=True)
+    results, band = done.stdout.splitlines()
+    assert re.fullmatch(r"\[[012], [012]\]", results) and re.fullmatch(r"\(0\.\d+, 0\.\d+\)", band)
+
+
 def test_the_readmes_map_names_every_wing_and_room():
     readme = (ROOT / "README.md").read_text()
     for wing, rooms in WINGS.items():

@@ -46,7 +46,7 @@ def _time(moved: Migrated) -> list[str]:
     ages = [tick for tick in range(begin - LEAD, moved.end) if setting.ageing and tick % setting.ageing == 0]
     parts += [text(at(tick), BASE + 20, "▽", size=SIZE) for tick in ages]
     ticks = f"stopped for {moved.downtime} tick{'s' * (moved.downtime != 1)}"
-    told = f"pages left to send, round by round{', ▽ the host ages' * bool(ages)}"
+    told = f"pages left, each round{'; ▽ the host ages' * bool(ages)}"
     parts.append(text(8, BASE + 42, told, size=SIZE, anchor="start"))
     parts.append(text(8, BASE + 61, ticks if moved.finished else "given up", size=SIZE, bold=True, anchor="start"))
     return parts
