@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -21,9 +21,9 @@ SPTE_BASE_ADDR_MASK = 0x000F_FFFF_FFFF_F000
 FLAG_BITS = ALL_BITS ^ SPTE_BASE_ADDR_MASK
 
 FEW_WORDS = 16  # as many are quicker asked one by one
-BLOCK = 1 << 18  # words that are worked at a time (measured: benchmarks/spte_arrays.py)
+BLOCK = 1 << 16  # words that are worked at a time (measured: benchmarks/spte_arrays.py)
 FEW_KINDS = 8
-SAMPLE = 64
+MANY = 8  # of so many words one is meant: more are worked with all that lie between them
 LARGE = 1 << 16  # words from which on compiling pays
 
 Learn = Callable[[int], tuple[int | bool, ...]]  # of a kind: what an SPTE is to be flipped by, and truths
@@ -41,17 +41,65 @@ def each(helper: Callable[..., Any], sptes: np.ndarray, *how: Any) -> Any:
     words = sptes.reshape(-1)
     sample = helper(int(words[0]) if words.size else 0, *how)
     outs = [np.empty(words.size, bool if isinstance(said, bool) else np.uint64) for said in columns(sample)]
-    if words.size >= LARGE and inspect.ismethod(helper) and compiled.numba_is_there():
-        compiled.fill(helper, words, outs, how)
-    else:
-        _by_kind(lambda word: columns(helper(word, *how)), words, outs)
+    _fill(helper, words, outs, how)
     shaped = [out.reshape(sptes.shape) for out in outs]
     return type(sample)(*shaped) if isinstance(sample, tuple) else shaped[0]
+
+
+def rewrite(visit: Callable[[int], tuple[int, bool]], words: np.ndarray, where: np.ndarray | None = None) -> np.ndarray:
+    """Put the SPTE that ``visit`` makes of each word in its place, and return what it says beside, a bool array. ``where``: a
+    bool array, of the words that are meant; of others it says False. Words that lie beside each other are worked in place, so
+    a pass over a slot moves each SPTE once."""
+    said = np.zeros(words.size, bool)
+    if where is None or where.all():
+        _fill(visit, words, [words, said], ())
+    elif (pages := np.flatnonzero(where)).size > words.size // MANY:
+        new = np.where(where, words, np.uint64(0))  # nobody asks about the others
+        _fill(visit, new, [new, said], ())
+        np.copyto(words, new, where=where)
+        said &= where
+    elif pages.size:
+        new = words[pages]
+        said[pages] = rewrite(visit, new)
+        words[pages] = new
+    return said
+
+
+def any_of(question: Callable[[int], bool], words: np.ndarray) -> bool:
+    """Whether the answer is yes for one of the words. Each kind is asked once, and none after the first yes."""
+    ask = functools.cache(question)
+    if words.size <= FEW_WORDS:
+        return any(ask(word) for word in words.tolist())
+    return any(ask(kind) for start in range(0, words.size, BLOCK) for kind in _kinds(words[start : start + BLOCK]))
+
+
+def consecutive(words: np.ndarray) -> bool:
+    """Whether the addresses in them follow each other, page by page."""
+    apart = words - _addresses(words.size)
+    return not _differ(apart) & SPTE_BASE_ADDR_MASK
+
+
+@functools.cache
+def _addresses(size: int) -> np.ndarray:
+    return np.arange(size, dtype=np.uint64) << np.uint64(12)
+
+
+def _differ(words: np.ndarray) -> int:
+    """The bits in which they differ."""
+    return int(np.bitwise_or.reduce(words) ^ np.bitwise_and.reduce(words))
 
 
 def columns(answer: Any) -> tuple[Any, ...]:
     """A helper's answer as a tuple."""
     return answer if isinstance(answer, tuple) else (answer,)
+
+
+def _fill(helper: Callable[..., Any], words: np.ndarray, outs: list[np.ndarray], how: tuple[Any, ...]) -> None:
+    """Fill ``outs``, one array for each column of the answer; the first may be ``words`` itself."""
+    if words.size >= LARGE and inspect.ismethod(helper) and compiled.numba_is_there():
+        if compiled.fill(helper, words, outs, how):
+            return
+    _by_kind(lambda word: columns(helper(word, *how)), words, outs)
 
 
 def _by_kind(ask: Callable[[int], tuple[Any, ...]], words: np.ndarray, outs: list[np.ndarray]) -> None:
@@ -70,37 +118,42 @@ def _by_kind(ask: Callable[[int], tuple[Any, ...]], words: np.ndarray, outs: lis
         _one_kind(learn, block, parts) or _few_kinds(learn, block, parts) or _many_kinds(learn, block, parts)
 
 
+def _kinds(words: np.ndarray) -> Iterator[int]:
+    """Yield each kind that is among them, once."""
+    yield (kind := int(words[0]) & FLAG_BITS)
+    left = words & FLAG_BITS if _differ(words) & FLAG_BITS else words[:0]
+    while (left := left[left != kind]).size:
+        yield (kind := int(left[0]))
+
+
 def _one_kind(learn: Learn, block: np.ndarray, parts: list[np.ndarray]) -> bool:
     """Fill ``parts`` if all words of ``block`` are of one kind; False if they are not."""
-    kind = int(block[0]) & FLAG_BITS
-    if (block[:SAMPLE] & FLAG_BITS != kind).any():
+    if _differ(block) & FLAG_BITS:
         return False
-    others = np.bitwise_xor(block, kind, out=parts[0] if parts[0].dtype == block.dtype else None)
-    if int(np.bitwise_or.reduce(others)) & FLAG_BITS:
-        return False
-    for part, said in zip(parts, learn(kind), strict=True):
+    for part, said in zip(parts, learn(int(block[0]) & FLAG_BITS), strict=True):
         if isinstance(said, bool):
             part[:] = said
         else:
-            np.bitwise_xor(others, kind ^ said, out=part)
+            np.bitwise_xor(block, said, out=part)
     return True
 
 
 def _few_kinds(learn: Learn, block: np.ndarray, parts: list[np.ndarray]) -> bool:
     """Fill ``parts`` kind by kind; False if there are more than FEW_KINDS."""
     flags, left = block & FLAG_BITS, np.ones(block.size, bool)
-    for part in parts:
-        part[:] = False if part.dtype == bool else block
+    flips = [np.zeros(part.size, part.dtype) for part in parts]
     for _ in range(FEW_KINDS):
         kind = int(flags[left.argmax()])
         found = flags == kind
-        for part, said in zip(parts, learn(kind), strict=True):
+        for flip, said in zip(flips, learn(kind), strict=True):
             if said is True:
-                part |= found
+                flip |= found
             elif said:
-                part ^= np.multiply(found, np.uint64(said))
+                flip ^= np.multiply(found, np.uint64(said))
         left ^= found
         if not left.any():
+            for part, flip in zip(parts, flips, strict=True):
+                part[:] = flip if part.dtype == bool else block ^ flip
             return True
     return False
 

@@ -8,23 +8,23 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import numpy as np
 
-from kvmbook.model.arrays import each
+from kvmbook.model.arrays import BLOCK, any_of, consecutive, rewrite
 from kvmbook.model.hardware import Hardware
-from kvmbook.model.host import HostMemory
+from kvmbook.model.host import FEW_FRAMES, HostMemory
 from kvmbook.model.kernel import Kernel
-from kvmbook.model.memslots import DirtyRing, MemorySlot, Memslots, to_bits, to_words
-from kvmbook.model.page_tables import LEVELS, PageTables, Root, Sptep
+from kvmbook.model.memslots import DirtyRing, MemorySlot, Memslots, bits_between
+from kvmbook.model.page_tables import LEVELS, PageTables, Root, Sptep, Stretch
 from kvmbook.model.spte import SpteFormat
 from kvmbook.model.tlb import Tlb, TlbEntry
 
-Rule = Callable[[int], Any]  # a helper of SpteFormat: an SPTE to a named tuple of the new one and an answer
+Rule = Callable[..., Any]  # a helper of SpteFormat: an SPTE to a named tuple of the new one and an answer
 StepFunction = TypeVar("StepFunction", bound=Callable[..., str | None])
 
 
@@ -133,11 +133,36 @@ class Operation:
 
 
 class Visit(NamedTuple):
-    """What a pass makes of one leaf: the new SPTE, the helper's answer, and whether the leaf was dirty and is no longer."""
+    """What a pass makes of one entry: the new SPTE, and whether it was a dirty leaf and is no longer."""
 
     spte: int
-    yes: bool
     was_dirty: bool
+
+
+@dataclass(frozen=True)
+class Visitor:
+    """A pass over entries of one ``level``: it applies the helper of ``fmt`` called ``name``, with more arguments ``how``, to
+    the present leaves among them."""
+
+    fmt: SpteFormat
+    level: int
+    name: str
+    how: tuple[Any, ...] = ()
+
+    @property
+    def helper(self) -> Rule:
+        rule: Rule = getattr(self.fmt, self.name)
+        return rule
+
+    def visit(self, old: int) -> Visit:
+        if not self.fmt.maps_page(old, self.level):
+            return Visit(old, False)
+        new = self.helper(old, *self.how)[0]
+        return Visit(new, self.fmt.is_dirty_spte(old) and not self.fmt.is_dirty_spte(new))
+
+    def asks(self, spte: int) -> bool:
+        """Whether it is a present leaf of which the helper says yes."""
+        return self.fmt.maps_page(spte, self.level) and self.helper(spte, *self.how)
 
 
 # ---- the state -------------------------------------------------------------------------------------------------------
@@ -166,7 +191,8 @@ class VcpuState:
 class Machine:
     """All of a VM that the model knows. Its vCPUs run in address space 0: nothing of another one is ever mapped or written.
 
-    ``pages_per_step``: how many pages one step of a slot-wide pass takes; None = all. ``fast_retries``: how often the
+    ``pages_per_step``: how many pages one step of a slot-wide pass takes; None = all. ``words_per_step``: how many words of
+    the dirty bitmap one step of a harvest takes, None = all. ``fast_retries``: how often the
     fast path tries again when the SPTE changed under it (fast_page_fault(), v5.19). ``mmu_notifier_seq`` and
     ``invalidating`` are what makes a fault retry that raced with the host.
 
@@ -186,6 +212,7 @@ class Machine:
     eager_page_split: bool = True
     nx_huge_pages: bool = False
     pages_per_step: int | None = None
+    words_per_step: int | None = 1
     fast_retries: int = 4
     memslots: Memslots = field(default_factory=Memslots)
     vcpus: list[VcpuState] = field(default_factory=list)
@@ -296,22 +323,50 @@ class Machine:
 
     # ---- SPTEs in bulk ----------------------------------------------------------------------------------------------
 
-    def update_leaves(self, side: bool, start: int, end: int, rule: Rule, levels: tuple[int, int] = LEVELS) -> bool:
-        """Apply a helper of `SpteFormat` to each present leaf of one side over [start, end). Whether it said yes to one.
-        Source: mmu/mmu.c: slot_handle_level(), slot_handle_level_4k(), v5.19."""
-
-        def visit(old: int) -> Visit:
-            new, yes, *_ = rule(old)
-            return Visit(new, bool(yes), self._stops_being_dirty(old, new))
-
+    def update_leaves(
+        self,
+        side: bool,
+        start: int,
+        end: int,
+        helper: Rule,
+        levels: tuple[int, int] = LEVELS,
+        *,
+        asks: Callable[[int], bool] | None = None,
+        only: np.ndarray | None = None,
+        **how: Any,
+    ) -> bool:
+        """Apply a helper of `SpteFormat`, with more arguments ``how``, to each present leaf of one side over [start, end).
+        Returns whether one of them, as it was before, ``asks`` for something. ``only``: words of a bitmap that begins at
+        ``start``, of the pages that are meant. Source: mmu/mmu.c: slot_handle_level(), slot_handle_level_4k(), v5.19."""
         asked = False
-        for table, leaves in self.page_tables.leaves(side, start, end, levels):
-            old = table.sptes[leaves]
-            visits = each(visit, old)
-            table.sptes[leaves] = visits.spte
-            self.host.dirty.update(map(self.fmt.spte_to_pfn, old[visits.was_dirty].tolist()))
-            asked = asked or bool(visits.yes.any())
+        for stretch in self.page_tables.stretches(side, start, end, levels):
+            asked = asked or (asks is not None and self._asks(stretch, asks))
+            visitor = Visitor(self.fmt, stretch.table.level, helper.__name__, tuple(how.values()))
+            for at in range(0, stretch.words.size, BLOCK):
+                words = stretch.words[at : at + BLOCK]
+                if only is None:
+                    self.update_words(words, visitor)
+                elif (where := bits_between(only, stretch.gfn - start + at, words.size)) is not None:
+                    self.update_words(words, visitor, where)
         return asked
+
+    def any_leaf(self, side: bool, start: int, end: int, asks: Callable[[int], bool]) -> bool:
+        """Whether the answer is yes for some present leaf of one side over [start, end)."""
+        return any(self._asks(stretch, asks) for stretch in self.page_tables.stretches(side, start, end))
+
+    def _asks(self, stretch: Stretch, asks: Callable[[int], bool]) -> bool:
+        level = stretch.table.level
+        return any_of(lambda spte: self.fmt.maps_page(spte, level) and asks(spte), stretch.words)
+
+    def update_words(self, words: np.ndarray, visitor: Visitor, where: np.ndarray | None = None) -> None:
+        """Let a visitor change SPTEs in place, all or (a bool array) those meant, and tell the host what was dirty."""
+        was_dirty = rewrite(visitor.visit, words, where)
+        if not was_dirty.any():
+            return
+        if words.size > FEW_FRAMES and consecutive(words):
+            self.host.dirty.add_run(self.fmt.spte_to_pfn(int(words[0])), was_dirty)
+        else:
+            self.host.dirty.add_each(self.fmt.spte_to_pfn(words[was_dirty]))
 
     def drop_table(self, sptep: Sptep) -> None:
         """Cut off a table with all that hangs below it, flush, and give the tables back."""
@@ -383,18 +438,17 @@ class Machine:
         assert slot.dirty_bitmap is not None
         self.told[slot.number] = self.told.get(slot.number, 0) | slot.dirty_bitmap[0]
 
-    def take_told(self, slot: MemorySlot, gfns: list[int]) -> list[int]:
-        """Those of ``gfns`` of which user space was told; their bits are gone now."""
+    def take_told(self, slot: MemorySlot, first: int, taken: np.ndarray) -> np.ndarray:
+        """Those of the pages ``taken``, words of the bitmap from word ``first`` on, of which user space was told; their bits
+        are gone now."""
         if (told := self.told.get(slot.number)) is None:
-            return []
-        pages = np.array(gfns, np.int64) - slot.base_gfn
-        known = to_bits(told, slot.npages)
-        found = pages[known[pages]] + slot.base_gfn
-        known[pages] = False
-        self.told[slot.number] = to_words(known)
-        return [int(gfn) for gfn in found]
+            return np.zeros_like(taken)
+        here = told[first : first + taken.size]
+        known = here & taken
+        here &= ~taken
+        return known
 
-    def note_copies(self, slot: MemorySlot, gfns: list[int]) -> None:
+    def note_copies(self, slot: MemorySlot, gfns: Iterable[int]) -> None:
         """User space copies these pages now."""
         if slot.as_id == 0:
             self.written.difference_update(gfn for gfn in gfns if gfn in slot)
