@@ -13,7 +13,7 @@ from typing import ClassVar
 import numpy as np
 
 from kvmbook.model.arrays import ALL_BITS, each, rewrite
-from kvmbook.model.machine import Machine, Operation, Visitor, step
+from kvmbook.model.machine import Machine, Operation, step
 from kvmbook.model.memslots import MemorySlot
 from kvmbook.model.page_tables import RMAPS, TDP
 from kvmbook.model.spte import PG_LEVEL_4K, SPTES_PER_TABLE
@@ -89,7 +89,7 @@ class Seen:
 def young_leaves(m: Machine, side: bool, start: int, end: int) -> Iterator[Seen]:
     """Read one side's SPTEs over [start, end)."""
     for table, first, words in m.page_tables.stretches(side, start, end):
-        young = each(Visitor(m.fmt, table.level, "is_accessed_spte").asks, words)
+        young = each(lambda spte, at: m.fmt.maps_page(spte, at) and m.fmt.is_accessed_spte(spte), words, table.level)
         if young.any():
             yield Seen(table.pfn, first, young, words.copy())
 
@@ -112,7 +112,7 @@ class ClearYoung(Ageing):
         apart = (RMAPS, TDP) if self.lockless else (TDP,) * m.kernel.ages_by_plain_store
         self.seen = [seen for gfns in self.ranges for side in apart for seen in young_leaves(m, side, *gfns)]
         at_once = [(side, *gfns) for side in (RMAPS, TDP) if side not in apart for gfns in self.ranges]
-        aged = [m.update_leaves(*where, m.fmt.mmu_spte_age, asks=m.fmt.is_accessed_spte) for where in at_once]
+        aged = [m.update_leaves(*where, m.fmt.mmu_spte_age) for where in at_once]
         self.result = bool(self.seen) or any(aged)
         flush = self.result and self.flushes and m.kernel.clear_flush_young_flushes
         self.todo = ["kvm_tdp_mmu_age_spte"] * bool(self.seen) + ["kvm_flush_remote_tlbs"] * flush
@@ -130,16 +130,15 @@ class ClearYoung(Ageing):
             table = m.page_tables.runs[seen.run]
             words = table.rows.reshape(-1)[seen.first : seen.first + seen.young.size]
             changed = seen.young & (words != seen.sptes)
-            self._age(m, words, Visitor(m.fmt, table.level, "mmu_spte_age"), seen.young & ~changed)
+            if not self.lockless:
+                m.update_words(words, table.level, m.fmt.mmu_spte_age, seen.young & ~changed)
+            else:  # nobody tells the host what is dirty
+                rewrite(lambda old: m.fmt.mmu_spte_age(old)[:2], words, seen.young & ~changed)
             for at in np.flatnonzero(changed).tolist():
                 if seen.run + (seen.first + at) // SPTES_PER_TABLE in m.page_tables.tables:
                     words[at] = self._aged_by_now(m, int(seen.sptes[at]), int(words[at]))
                     failed += 1
         return f"{failed} changed meanwhile" if failed else None
-
-    def _age(self, m: Machine, words: np.ndarray, visitor: Visitor, unchanged: np.ndarray) -> None:
-        """Nobody has changed these meanwhile. Without the lock the host is not told which are dirty."""
-        rewrite(visitor.visit, words, unchanged) if self.lockless else m.update_words(words, visitor, unchanged)
 
     def _aged_by_now(self, m: Machine, seen: int, now: int) -> int:
         """What becomes of an SPTE that was ``seen`` and is another ``now``."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,8 @@ from kvmbook.model import compiled
 ALL_BITS = 2**64 - 1
 SPTE_BASE_ADDR_MASK = 0x000F_FFFF_FFFF_F000
 FLAG_BITS = ALL_BITS ^ SPTE_BASE_ADDR_MASK
+PAGE = 1 << 12
+MASKS = tuple(np.uint64(bits) for bits in (FLAG_BITS, compiled.KNOWN, compiled.TRUE, PAGE))
 
 FEW_WORDS = 16  # as many are quicker asked one by one
 BLOCK = 1 << 16  # words that are worked at a time (measured: benchmarks/spte_arrays.py)
@@ -41,47 +43,84 @@ def each(helper: Callable[..., Any], sptes: np.ndarray, *how: Any) -> Any:
     words = sptes.reshape(-1)
     sample = helper(int(words[0]) if words.size else 0, *how)
     outs = [np.empty(words.size, bool if isinstance(said, bool) else np.uint64) for said in columns(sample)]
-    _fill(helper, words, outs, how)
+    if words.size >= LARGE and inspect.ismethod(helper) and compiled.numba_is_there():
+        compiled.fill(helper, words, outs, how)
+    else:
+        _by_kind(lambda word: columns(helper(word, *how)), words, outs)
     shaped = [out.reshape(sptes.shape) for out in outs]
     return type(sample)(*shaped) if isinstance(sample, tuple) else shaped[0]
 
 
-def rewrite(visit: Callable[[int], tuple[int, bool]], words: np.ndarray, where: np.ndarray | None = None) -> np.ndarray:
-    """Put the SPTE that ``visit`` makes of each word in its place, and return what it says beside, a bool array. ``where``: a
-    bool array, of the words that are meant; of others it says False. Words that lie beside each other are worked in place, so
-    a pass over a slot moves each SPTE once."""
-    said = np.zeros(words.size, bool)
+Visit = Callable[[int], tuple[int, bool]]
+
+
+class Rewritten(NamedTuple):
+    """What became of words: the bools that were said of them (good until the next words are rewritten), and whether their
+    addresses follow each other, page by page."""
+
+    said: np.ndarray
+    in_a_row: bool
+
+
+def rewrite(visit: Visit, words: np.ndarray, where: np.ndarray | None = None) -> Rewritten:
+    """Put the SPTE that ``visit`` makes of each word in its place; it says a bool beside. ``where``: a bool array, of the
+    words that are meant; of others it is False. ``visit`` is asked of each kind that is there, and of no other."""
     if where is None or where.all():
-        _fill(visit, words, [words, said], ())
-    elif (pages := np.flatnonzero(where)).size > words.size // MANY:
-        new = np.where(where, words, np.uint64(0))  # nobody asks about the others
-        _fill(visit, new, [new, said], ())
+        return _in_place(visit, words)
+    pages = np.flatnonzero(where)
+    if pages.size > words.size // MANY:
+        new = np.where(where, words, np.uint64(0))  # an entry that maps nothing: no kind that matters
+        done = _in_place(visit, new)
         np.copyto(words, new, where=where)
-        said &= where
-    elif pages.size:
-        new = words[pages]
-        said[pages] = rewrite(visit, new)
-        words[pages] = new
-    return said
+        return Rewritten(done.said & where, in_a_row(words))
+    new, said = words[pages], np.zeros(words.size, bool)
+    said[pages] = _in_place(visit, new).said
+    words[pages] = new
+    return Rewritten(said, in_a_row(words))
 
 
-def any_of(question: Callable[[int], bool], words: np.ndarray) -> bool:
-    """Whether the answer is yes for one of the words. Each kind is asked once, and none after the first yes."""
-    ask = functools.cache(question)
-    if words.size <= FEW_WORDS:
-        return any(ask(word) for word in words.tolist())
-    return any(ask(kind) for start in range(0, words.size, BLOCK) for kind in _kinds(words[start : start + BLOCK]))
+def _in_place(visit: Visit, words: np.ndarray) -> Rewritten:
+    if words.size < LARGE or not compiled.numba_is_there():
+        said = np.zeros(words.size, bool)
+        _by_kind(visit, words, [words, said])
+        return Rewritten(said, in_a_row(words))
+    said = _room(words.size)
+    flips: dict[int, int] = {}
+    at, apart = 0, 0
+    while at < words.size and len(flips) <= FEW_KINDS:
+        for kind in _kinds(words[at : at + compiled.PART]):
+            spte, yes = visit(kind)
+            flips[kind] = spte ^ kind | compiled.KNOWN | compiled.TRUE * yes
+        few = [*flips] + [*flips][-1:] * (-len(flips) % 4)  # so that few lengths are compiled
+        kinds, marks = (tuple(np.uint64(bits) for bits in row) for row in (few, [flips[kind] for kind in few]))
+        at, found = compiled.by_kind()(words, said.view(np.uint8), at, kinds, marks, *MASKS)
+        apart |= int(found)
+    _by_kind(visit, words[at:], [words[at:], said[at:]])
+    return Rewritten(said, at == words.size and not apart & SPTE_BASE_ADDR_MASK)
 
 
-def consecutive(words: np.ndarray) -> bool:
+@functools.cache
+def _room(size: int) -> np.ndarray:
+    """An array to use again and again: fresh memory costs more than the work."""
+    return np.empty(size, bool)
+
+
+def in_a_row(words: np.ndarray) -> bool:
     """Whether the addresses in them follow each other, page by page."""
-    apart = words - _addresses(words.size)
-    return not _differ(apart) & SPTE_BASE_ADDR_MASK
+    return words.size > FEW_WORDS and not _differ(words - _addresses(words.size)) & SPTE_BASE_ADDR_MASK
 
 
 @functools.cache
 def _addresses(size: int) -> np.ndarray:
-    return np.arange(size, dtype=np.uint64) << np.uint64(12)
+    return np.arange(size, dtype=np.uint64) * np.uint64(PAGE)
+
+
+def any_of(question: Callable[[int], bool], words: np.ndarray) -> bool:
+    """Whether the answer is yes for one of the words. Each kind is asked once, and none after the first yes."""
+    if words.size <= FEW_WORDS:
+        return any(question(word) for word in words.tolist())
+    ask = functools.cache(question)
+    return any(ask(kind) for start in range(0, words.size, BLOCK) for kind in _kinds(words[start : start + BLOCK]))
 
 
 def _differ(words: np.ndarray) -> int:
@@ -92,14 +131,6 @@ def _differ(words: np.ndarray) -> int:
 def columns(answer: Any) -> tuple[Any, ...]:
     """A helper's answer as a tuple."""
     return answer if isinstance(answer, tuple) else (answer,)
-
-
-def _fill(helper: Callable[..., Any], words: np.ndarray, outs: list[np.ndarray], how: tuple[Any, ...]) -> None:
-    """Fill ``outs``, one array for each column of the answer; the first may be ``words`` itself."""
-    if words.size >= LARGE and inspect.ismethod(helper) and compiled.numba_is_there():
-        if compiled.fill(helper, words, outs, how):
-            return
-    _by_kind(lambda word: columns(helper(word, *how)), words, outs)
 
 
 def _by_kind(ask: Callable[[int], tuple[Any, ...]], words: np.ndarray, outs: list[np.ndarray]) -> None:

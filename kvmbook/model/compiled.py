@@ -1,7 +1,7 @@
-"""What is asked of one SPTE, as a loop over an array, compiled by numba from the source of the method that says it.
+"""Loops over an array of SPTEs, compiled by numba: over a helper's own source, and by kind, see `arrays`.
 
-Two loops are made, one for the answers and one that says whether the assertions hold: one that could raise in the middle
-would not be fast. If they do not hold for some word, the method itself is run on it, and raises.
+Of a helper of `SpteFormat` two functions are made of it, one with the answers and one that says whether the assertions hold: a loop that could raise in
+the middle would not be fast. If they do not hold for some word, the helper itself is run on it, and raises.
 """
 
 from __future__ import annotations
@@ -12,13 +12,10 @@ import importlib.util
 import inspect
 import textwrap
 from collections.abc import Callable
-from dataclasses import is_dataclass
 from types import ModuleType
 from typing import Any
 
 import numpy as np
-
-PART = 1024  # words that a loop works at a time
 
 
 @functools.cache
@@ -27,113 +24,123 @@ def numba_is_there() -> bool:
     return importlib.util.find_spec("numba") is not None
 
 
-def fill(method: Any, words: np.ndarray, outs: list[np.ndarray], how: tuple[Any, ...] = ()) -> bool:
-    """Fill ``outs``, one array for each column of what ``method(word, *how)`` says; the first may be ``words`` itself.
-    ``method`` is bound to a frozen dataclass. False, and nothing is filled, if numba cannot compile it."""
-    loops = _loops(method.__self__, method.__name__, how, tuple(out.dtype for out in outs))
-    if loops is None:
-        return False
-    all_hold, loop = loops
-    if not all_hold(words):
+def fill(helper: Any, words: np.ndarray, outs: list[np.ndarray], how: tuple[Any, ...]) -> None:
+    """Fill ``outs``, one array for each column of the answer of the bound method ``helper``."""
+    loop = _loop(helper.__self__, helper.__name__, how, len(outs))
+    if not loop(words, tuple(outs)):
         for word in words.tolist():
-            method(word, *how)  # one of them raises
-    loop(words, tuple(outs))
-    return True
+            helper(word, *how)  # one of them raises
 
 
-# What an SPTE becomes stays in a small array until a part is done: LLVM would make slow masked stores of storing in place.
-LOOPS = """
-def all_hold(words):
+LOOP = """
+def loop(words, outs):
     good = True
     for i in range(words.size):
         good &= holds(words[i], {how})
+        said = answer(words[i], {how})
+        {stores}
     return good
-
-def loop(words, outs):
-    first = np.empty({PART}, outs[0].dtype)
-    for start in range(0, words.size, {PART}):
-        part = words[start : start + {PART}]
-        for i in range(part.size):
-            said = answer(part[i], {how})
-            {stores}
-        for i in range(part.size):
-            outs[0][start + i] = first[i]
 """
 
 
 @functools.cache
-def _loops(
-    asked: Any, name: str, how: tuple[Any, ...], answers: tuple[np.dtype[Any], ...]
-) -> tuple[Callable[..., Any], Callable[..., Any]] | None:
+def _loop(fmt: Any, name: str, how: tuple[Any, ...], answers: int) -> Callable[..., bool]:
     import numba
 
-    pair = _Compiled(asked, _Answers), _Compiled(asked, _Holds)
+    pair = _Compiled(fmt, _Answers), _Compiled(fmt, _Holds)
     for one in pair:
         one.self, one.holds = pair
-    stores = ["first[i] = said[0]" if len(answers) > 1 else "first[i] = said"]
-    stores += [f"outs[{k}][start + i] = said[{k}]" for k in range(1, len(answers))]
-    text = LOOPS.format(how=", ".join(map(repr, how)), stores="; ".join(stores), PART=PART)
-    try:
-        known = {"np": np, "answer": getattr(pair[0], name), "holds": getattr(pair[1], name)}
-        exec(text, known)
-        all_hold, loop = numba.njit(known["all_hold"]), numba.njit(known["loop"])
-        none = np.zeros(0, np.uint64)
-        all_hold(none)
-        loop(none, tuple(none.astype(kind) for kind in answers))
-    except (numba.core.errors.NumbaError, OSError):  # such as super(), or no source to read
-        return None
-    return all_hold, loop
+    answer, holds = (getattr(one, name) for one in pair)
+    stores = [f"outs[{k}][i] = said[{k}]" for k in range(answers)] if answers > 1 else ["outs[0][i] = said"]
+    known = {"answer": answer, "holds": holds}
+    exec(LOOP.format(how=", ".join(map(repr, how)), stores="; ".join(stores)), known)
+    loop: Callable[..., bool] = numba.njit(known["loop"])
+    return loop
+
+
+# ---- by kind ---------------------------------------------------------------------------------------------------------
+
+PART, KNOWN, TRUE = 1024, 1 << 12, 1 << 13  # words at a time; marks in the address of a flip, where nothing is flipped
+
+
+@functools.cache
+def by_kind() -> Callable[..., tuple[int, int]]:
+    """A loop that flips each word, in place, as its kind says. See `_flip`."""
+    import numba
+
+    compiled: Callable[..., tuple[int, int]] = numba.njit(_flip)
+    return compiled
+
+
+def _flip(words, said, start, kinds, flips, flags, known, true, page):  # type: ignore[no-untyped-def]
+    """``kinds`` and ``flips``, tuples of the same length: of SPTEs of a kind, what is to be flipped, with marks. ``said`` gets
+    the mark TRUE. Returns where it stopped, at a part with a kind that is not among them or behind the last word, and the bits
+    in which words differ from a row of pages."""
+    marked, apart = np.empty(PART, np.uint64), known ^ known
+    for at in range(start, words.size, PART):
+        part, to, differ = words[at : at + PART], said[at : at + PART], known ^ known
+        for i in range(part.size):
+            differ |= part[i] ^ (part[0] + np.uint64(i) * page)
+        apart |= differ | (part[0] ^ (words[0] + np.uint64(at) * page))
+        if differ & flags == 0:
+            one = known ^ known
+            for k in range(len(kinds)):
+                one |= flips[k] if part[0] & flags == kinds[k] else known ^ known
+            if one & known == 0:
+                return at, apart
+            for i in range(part.size):
+                part[i] ^= one & flags
+            to[:] = one & true != 0
+        else:
+            all_known = known
+            for i in range(part.size):
+                mark = known ^ known
+                for k in range(len(kinds)):
+                    mark |= flips[k] if part[i] & flags == kinds[k] else known ^ known
+                marked[i] = mark
+                all_known &= mark
+            if all_known == 0:
+                return at, apart
+            for i in range(part.size):
+                part[i] ^= marked[i] & flags
+            for i in range(part.size):
+                to[i] = marked[i] & true != 0
+    return words.size, apart
+
+
+# ---- from source -----------------------------------------------------------------------------------------------------
 
 
 class _Compiled(ModuleType):
-    """The methods of an object and of those in its fields, each compiled when it is first named. (Numba looks names up in a
-    module when it compiles.)"""
+    """The helpers of a format, each compiled when it is first named. (Numba looks names up in a module when it compiles.)"""
 
     self: _Compiled
     holds: _Compiled
 
-    def __init__(self, asked: Any, form: type[ast.NodeTransformer]) -> None:
+    def __init__(self, fmt: Any, form: type[ast.NodeTransformer]) -> None:
         super().__init__(form.__name__)
-        self.__dict__.update(_asked=asked, _form=form)
+        self.__dict__.update(_fmt=fmt, _form=form)
 
     def __getattr__(self, name: str) -> Any:
-        value = getattr(self._asked, name)
-        if inspect.ismethod(value):
-            mine = self if value.__self__ is self._asked else self._part(value.__self__)
-            value = mine._function(value.__func__)
-        elif is_dataclass(value):
-            value = self._part(value)
-        elif type(value) is int:
-            value = np.uint64(value)
-        self.__dict__[name] = value
-        return value
-
-    def _part(self, other: Any) -> _Compiled:
-        """The same for an object that is in a field."""
-        pair = _Compiled(other, self.self._form), _Compiled(other, self.holds._form)
-        for one in pair:
-            one.self, one.holds = pair
-        return pair[self is not self.self]
-
-    def _function(self, function: Any) -> Any:
         import numba
 
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-        body: Any = tree.body[0]
-        body.args.args = [ast.arg(argument.arg) for argument in body.args.args[1:]]  # without self and types
-        body.returns = None
-        tree.body = [self._form().visit(_Unsigned().visit(body))]
-        known = {key: np.uint64(v) if type(v) is int and v >= 0 else v for key, v in function.__globals__.items()}
+        value = getattr(self._fmt, name)
+        if not inspect.ismethod(value):
+            return np.uint64(value) if isinstance(value, int) else value
+        tree = ast.parse(textwrap.dedent(inspect.getsource(value.__func__)))
+        function: Any = tree.body[0]
+        function.args.args = [ast.arg(argument.arg) for argument in function.args.args[1:]]  # without self and types
+        function.returns = None
+        tree.body = [self._form().visit(_Unsigned().visit(function))]
+        known = {key: np.uint64(v) if type(v) is int and v >= 0 else v for key, v in value.__func__.__globals__.items()}
         known |= {"self": self.self, "holds": self.holds, "uint64": np.uint64}
-        exec(compile(ast.fix_missing_locations(tree), f"<{self.__name__} of {body.name}>", "exec"), known)
-        return numba.njit(known[body.name])
+        exec(compile(ast.fix_missing_locations(tree), f"<{self.__name__} of {name}>", "exec"), known)
+        self.__dict__[name] = numba.njit(known[name])
+        return self.__dict__[name]
 
 
 class _Unsigned(ast.NodeTransformer):
-    """All numbers 64 bits wide, without a sign, as SPTEs are; but not where they say which column of an answer."""
-
-    def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
-        return node
+    """All numbers 64 bits wide, without a sign, as SPTEs are."""
 
     def visit_Constant(self, node: ast.Constant) -> ast.expr:
         return ast.parse(f"uint64({node.value})", mode="eval").body if type(node.value) is int else node

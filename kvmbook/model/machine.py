@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import numpy as np
 
-from kvmbook.model.arrays import BLOCK, any_of, consecutive, rewrite
+from kvmbook.model.arrays import any_of, rewrite
 from kvmbook.model.hardware import Hardware
 from kvmbook.model.host import FEW_FRAMES, HostMemory
 from kvmbook.model.kernel import Kernel
@@ -24,7 +24,8 @@ from kvmbook.model.page_tables import LEVELS, PageTables, Root, Sptep, Stretch
 from kvmbook.model.spte import SpteFormat
 from kvmbook.model.tlb import Tlb, TlbEntry
 
-Rule = Callable[..., Any]  # a helper of SpteFormat: an SPTE to a named tuple of the new one and an answer
+AT_ONCE = 1 << 18  # SPTEs that a pass works at a time
+Rule = Callable[[int], Any]  # a helper of SpteFormat: an SPTE to a named tuple of the new one and an answer
 StepFunction = TypeVar("StepFunction", bound=Callable[..., str | None])
 
 
@@ -137,32 +138,6 @@ class Visit(NamedTuple):
 
     spte: int
     was_dirty: bool
-
-
-@dataclass(frozen=True)
-class Visitor:
-    """A pass over entries of one ``level``: it applies the helper of ``fmt`` called ``name``, with more arguments ``how``, to
-    the present leaves among them."""
-
-    fmt: SpteFormat
-    level: int
-    name: str
-    how: tuple[Any, ...] = ()
-
-    @property
-    def helper(self) -> Rule:
-        rule: Rule = getattr(self.fmt, self.name)
-        return rule
-
-    def visit(self, old: int) -> Visit:
-        if not self.fmt.maps_page(old, self.level):
-            return Visit(old, False)
-        new = self.helper(old, *self.how)[0]
-        return Visit(new, self.fmt.is_dirty_spte(old) and not self.fmt.is_dirty_spte(new))
-
-    def asks(self, spte: int) -> bool:
-        """Whether it is a present leaf of which the helper says yes."""
-        return self.fmt.maps_page(spte, self.level) and self.helper(spte, *self.how)
 
 
 # ---- the state -------------------------------------------------------------------------------------------------------
@@ -328,45 +303,53 @@ class Machine:
         side: bool,
         start: int,
         end: int,
-        helper: Rule,
+        rule: Rule,
         levels: tuple[int, int] = LEVELS,
-        *,
-        asks: Callable[[int], bool] | None = None,
         only: np.ndarray | None = None,
-        **how: Any,
     ) -> bool:
-        """Apply a helper of `SpteFormat`, with more arguments ``how``, to each present leaf of one side over [start, end).
-        Returns whether one of them, as it was before, ``asks`` for something. ``only``: words of a bitmap that begins at
-        ``start``, of the pages that are meant. Source: mmu/mmu.c: slot_handle_level(), slot_handle_level_4k(), v5.19."""
+        """Apply a helper of `SpteFormat` to each present leaf of one side over [start, end). Whether it said yes to one.
+        ``only``: words of a bitmap that begins at ``start``, of the pages that are meant.
+        Source: mmu/mmu.c: slot_handle_level(), slot_handle_level_4k(), v5.19."""
         asked = False
         for stretch in self.page_tables.stretches(side, start, end, levels):
-            asked = asked or (asks is not None and self._asks(stretch, asks))
-            visitor = Visitor(self.fmt, stretch.table.level, helper.__name__, tuple(how.values()))
-            for at in range(0, stretch.words.size, BLOCK):
-                words = stretch.words[at : at + BLOCK]
-                if only is None:
-                    self.update_words(words, visitor)
-                elif (where := bits_between(only, stretch.gfn - start + at, words.size)) is not None:
-                    self.update_words(words, visitor, where)
+            for at in range(0, stretch.words.size, AT_ONCE):
+                words, where = stretch.words[at : at + AT_ONCE], None
+                if only is not None:
+                    where = bits_between(only, stretch.gfn - start + at, words.size)
+                    if where is None:
+                        continue
+                asked |= self.update_words(words, stretch.table.level, rule, where)
+        return asked
+
+    def update_words(self, words: np.ndarray, level: int, rule: Rule, where: np.ndarray | None = None) -> bool:
+        """The same for entries that lie beside each other, in place, or (a bool array) for those that are meant."""
+        asked = False
+
+        def visit(old: int) -> Visit:
+            nonlocal asked
+            if not self.fmt.maps_page(old, level):
+                return Visit(old, False)
+            new, yes, *_ = rule(old)
+            asked = asked or bool(yes)
+            return Visit(new, self._stops_being_dirty(old, new))
+
+        was_dirty, in_a_row = rewrite(visit, words, where)
+        if not was_dirty.any():
+            return asked
+        if words.size > FEW_FRAMES and in_a_row:
+            self.host.dirty.add_run(self.fmt.spte_to_pfn(int(words[0])), was_dirty)
+        else:
+            self.host.dirty.add_each(self.fmt.spte_to_pfn(words[was_dirty]))
         return asked
 
     def any_leaf(self, side: bool, start: int, end: int, asks: Callable[[int], bool]) -> bool:
         """Whether the answer is yes for some present leaf of one side over [start, end)."""
-        return any(self._asks(stretch, asks) for stretch in self.page_tables.stretches(side, start, end))
 
-    def _asks(self, stretch: Stretch, asks: Callable[[int], bool]) -> bool:
-        level = stretch.table.level
-        return any_of(lambda spte: self.fmt.maps_page(spte, level) and asks(spte), stretch.words)
+        def says(stretch: Stretch) -> bool:
+            level = stretch.table.level
+            return any_of(lambda spte: self.fmt.maps_page(spte, level) and asks(spte), stretch.words)
 
-    def update_words(self, words: np.ndarray, visitor: Visitor, where: np.ndarray | None = None) -> None:
-        """Let a visitor change SPTEs in place, all or (a bool array) those meant, and tell the host what was dirty."""
-        was_dirty = rewrite(visitor.visit, words, where)
-        if not was_dirty.any():
-            return
-        if words.size > FEW_FRAMES and consecutive(words):
-            self.host.dirty.add_run(self.fmt.spte_to_pfn(int(words[0])), was_dirty)
-        else:
-            self.host.dirty.add_each(self.fmt.spte_to_pfn(words[was_dirty]))
+        return any(says(stretch) for stretch in self.page_tables.stretches(side, start, end))
 
     def drop_table(self, sptep: Sptep) -> None:
         """Cut off a table with all that hangs below it, flush, and give the tables back."""

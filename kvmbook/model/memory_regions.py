@@ -13,7 +13,7 @@ from kvmbook.model.access_tracking import InvalidateRange, kvm_unmap_gfn_range
 from kvmbook.model.machine import Machine, Operation, Rule, step
 from kvmbook.model.memslots import Change, MemoryRegion, MemorySlot, check_width
 from kvmbook.model.page_tables import LEVELS, RMAPS, TDP
-from kvmbook.model.spte import KVM_MAX_HUGEPAGE_LEVEL, PG_LEVEL_2M, PG_LEVEL_4K
+from kvmbook.model.spte import KVM_MAX_HUGEPAGE_LEVEL, PG_LEVEL_2M, PG_LEVEL_4K, Flushed
 
 PUBLICATIONS = ("kvm_invalidate_memslot", "kvm_swap_active_memslots", "kvm_activate_memslot")
 
@@ -253,14 +253,13 @@ class SetUserMemoryRegion(Operation):
         """Visit the next pages of the slot, all of them or ``pages_per_step``, and come back for the rest. Each leaf, before
         and after the ``helper`` and with its answer, is put before the flush rule's question ``asks``."""
 
-        def asks_flush(old: int) -> bool:
+        def visit(old: int) -> Flushed:
             new, answer = helper(old)
-            return asks(m.fmt, old, new, answer)
+            return Flushed(new, asks(m.fmt, old, new, answer))
 
         start = self.slot.base_gfn if self.cursor is None else self.cursor
         end = min(start + (m.pages_per_step or self.slot.npages), self.slot.end_gfn)
-        heard = "flush_if_owed" in self.todo  # else nobody wants to know
-        asked = m.update_leaves(side, start, end, helper, levels, asks=asks_flush if heard else None)
+        asked = m.update_leaves(side, start, end, visit, levels)
         self.flush |= asked
         self.cursor = None if end == self.slot.end_gfn else end
         if self.cursor is not None:

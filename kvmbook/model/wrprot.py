@@ -7,6 +7,7 @@ CPU can write, and so clears MMU-writable too. (*Enabling* dirty logging passes 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -35,8 +36,8 @@ def kvm_arch_mmu_enable_log_dirty_pt_masked(m: Machine, slot: MemorySlot, gfn_of
             _protect_huge_pages(m, at + (word & -word).bit_length() - 1, at + word.bit_length() - 1)
     pml, small = bool(m.hardware.pml_entries), (PG_LEVEL_4K, PG_LEVEL_4K)
     rmap_rule = m.fmt.rmap_clear_dirty if pml else m.fmt.spte_write_protect
-    m.update_leaves(RMAPS, start, end, rmap_rule, small, only=mask)
-    m.update_leaves(TDP, start, end, m.fmt.tdp_clear_dirty, small, only=mask, wrprot=not pml)
+    m.update_leaves(RMAPS, start, end, rmap_rule, small, mask)
+    m.update_leaves(TDP, start, end, partial(m.fmt.tdp_clear_dirty, wrprot=not pml), small, mask)
 
 
 def _protect_huge_pages(m: Machine, first: int, last: int) -> None:
@@ -62,16 +63,9 @@ def _protect_huge_pages(m: Machine, first: int, last: int) -> None:
 def kvm_mmu_slot_gfn_write_protect(m: Machine, gfn: int, min_level: int = PG_LEVEL_4K) -> bool:
     """Clear W and MMU-writable of each leaf that covers ``gfn``, from ``min_level`` up. Returns whether the caller must flush
     before it unlocks. Source: mmu/mmu.c, mmu/tdp_mmu.c: write_protect_gfn(), v5.19."""
-    levels, fmt = (min_level, KVM_MAX_HUGEPAGE_LEVEL), m.fmt
-
-    def owes(old: int) -> bool:
-        return fmt.spte_write_protect(old, pt_protect=True).flush
-
-    def changes(old: int) -> bool:
-        return fmt.tdp_write_protect(old).changed
-
-    owed = m.update_leaves(RMAPS, gfn, gfn + 1, fmt.spte_write_protect, levels, asks=owes, pt_protect=True)
-    return m.update_leaves(TDP, gfn, gfn + 1, fmt.tdp_write_protect, levels, asks=changes) or owed
+    levels = min_level, KVM_MAX_HUGEPAGE_LEVEL
+    owed = m.update_leaves(RMAPS, gfn, gfn + 1, partial(m.fmt.spte_write_protect, pt_protect=True), levels)
+    return m.update_leaves(TDP, gfn, gfn + 1, m.fmt.tdp_write_protect, levels) or owed
 
 
 @dataclass(eq=False)
