@@ -1,6 +1,6 @@
-"""A helper of `SpteFormat` as a loop over an array, compiled by numba from the helper's own source.
+"""Loops over an array of SPTEs, compiled by numba: over a helper's own source, and by kind, see `arrays`.
 
-Two functions are made of it, one with the answers and one that says whether the assertions hold: a loop that could raise in
+Of a helper of `SpteFormat` two functions are made of it, one with the answers and one that says whether the assertions hold: a loop that could raise in
 the middle would not be fast. If they do not hold for some word, the helper itself is run on it, and raises.
 """
 
@@ -56,6 +56,59 @@ def _loop(fmt: Any, name: str, how: tuple[Any, ...], answers: int) -> Callable[.
     exec(LOOP.format(how=", ".join(map(repr, how)), stores="; ".join(stores)), known)
     loop: Callable[..., bool] = numba.njit(known["loop"])
     return loop
+
+
+# ---- by kind ---------------------------------------------------------------------------------------------------------
+
+PART, KNOWN, TRUE = 1024, 1 << 12, 1 << 13  # words at a time; marks in the address of a flip, where nothing is flipped
+
+
+@functools.cache
+def by_kind() -> Callable[..., tuple[int, int]]:
+    """A loop that flips each word, in place, as its kind says. See `_flip`."""
+    import numba
+
+    compiled: Callable[..., tuple[int, int]] = numba.njit(_flip)
+    return compiled
+
+
+def _flip(words, said, start, kinds, flips, flags, known, true, page):  # type: ignore[no-untyped-def]
+    """``kinds`` and ``flips``, tuples of the same length: of SPTEs of a kind, what is to be flipped, with marks. ``said`` gets
+    the mark TRUE. Returns where it stopped, at a part with a kind that is not among them or behind the last word, and the bits
+    in which words differ from a row of pages."""
+    marked, apart = np.empty(PART, np.uint64), known ^ known
+    for at in range(start, words.size, PART):
+        part, to, differ = words[at : at + PART], said[at : at + PART], known ^ known
+        for i in range(part.size):
+            differ |= part[i] ^ (part[0] + np.uint64(i) * page)
+        apart |= differ | (part[0] ^ (words[0] + np.uint64(at) * page))
+        if differ & flags == 0:
+            one = known ^ known
+            for k in range(len(kinds)):
+                one |= flips[k] if part[0] & flags == kinds[k] else known ^ known
+            if one & known == 0:
+                return at, apart
+            for i in range(part.size):
+                part[i] ^= one & flags
+            to[:] = one & true != 0
+        else:
+            all_known = known
+            for i in range(part.size):
+                mark = known ^ known
+                for k in range(len(kinds)):
+                    mark |= flips[k] if part[i] & flags == kinds[k] else known ^ known
+                marked[i] = mark
+                all_known &= mark
+            if all_known == 0:
+                return at, apart
+            for i in range(part.size):
+                part[i] ^= marked[i] & flags
+            for i in range(part.size):
+                to[i] = marked[i] & true != 0
+    return words.size, apart
+
+
+# ---- from source -----------------------------------------------------------------------------------------------------
 
 
 class _Compiled(ModuleType):
