@@ -50,11 +50,7 @@ class _Tables:
         self.loud = [what for what, to in self.pairs.everywhere.items() if to != unchanged]
         self.out: list[list[tuple[int, int, int]]] = []
         for number, edges in enumerate(self.pairs.edges):
-            control = self.pairs.pairs[number][0]
-            steps = {
-                (self.pairs.number[control, e.page], e.everywhere if e.everywhere in self.loud else 0, e.unless)
-                for e in edges
-            }
+            steps = {(to, what if what in self.loud else 0, unless) for to, what, unless in edges}
             self.out.append(sorted(step for step in steps if step[:2] != (number, 0)))
         waits = [self.pairs.holds_up_user[block] for block in self.pairs.block]
         self.users = [

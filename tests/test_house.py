@@ -24,7 +24,7 @@ WINGS = {
         "__main__",
     ],
     "search": [
-        "schedule", "playing", "selftest", "recorder", "cells", "tables", "space", "explore", "products", "anynumber",
+        "schedule", "playing", "selftest", "recorder", "cells", "tables", "pagewise", "space", "levels", "explore", "products", "anynumber",
         "flush_rules", "configurations", "userspace", "known_faults", "litmus", "random_runs", "hunt", "cast", "museum",
         "sweep", "__main__",
     ],

@@ -1,9 +1,9 @@
 """Every interleaving of the model: searched, counted, judged for any number of pages and vCPUs.
 
 `schedule` has the steps of a small VM and the plain search; `playing`, `selftest` and `recorder` make a run a C program for
-a real KVM; `cells` and `tables` keep what each step does, `space` numbers the states, `explore` visits them, `products`
-counts them without, `anynumber` and `flush_rules` judge. For chapters 10 and 11, and for whoever wants to know whether a
-change of the model can lose a write.
+a real KVM; `cells` and `tables` keep what each step does, `pagewise` asks them for one state, `space` numbers the states,
+`explore` visits them (`levels`: its inner loop, compiled), `products` counts them without, `anynumber` and `flush_rules`
+judge. For chapters 10 and 11, and for whoever wants to know whether a change of the model can lose a write.
 
 The hunter looks beyond small slots and single steps, at runs of whole calls: `configurations` has what it goes over,
 `userspace` how a careful user space behaves, `known_faults` what is known already, `litmus` a run to hand on, `hunt` the
@@ -25,6 +25,7 @@ from kvmbook.search.hunt import Covered, Hunt, Met, hunt, hunt_at_random, hunt_o
 from kvmbook.search.known_faults import KNOWN_FAULTS, Fault, fault_of, faults_in, loses, play, repaired
 from kvmbook.search.litmus import Litmus, read_litmus
 from kvmbook.search.museum import BUG, CONFUSIONS, EXHIBITS, Calls, Exhibit, Found, Interleavings, Moves
+from kvmbook.search.pagewise import Pagewise, search_pagewise
 from kvmbook.search.playing import Call, Cleared, Script, script_of
 from kvmbook.search.products import count_any_size, count_states, pages_seen
 from kvmbook.search.recorder import Recorder

@@ -14,16 +14,19 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvmbook.model import Hardware, Kernel, Vm
-from kvmbook.search.cells import Control
+from kvmbook.search.cells import Cells
+from kvmbook.search.levels import Levels, PageTables, VmTables, pays
+from kvmbook.search.pagewise import Pagewise, search_pagewise
 from kvmbook.search.playing import script_of
 from kvmbook.search.schedule import Action, Grain, replay, smallest_vm
 from kvmbook.search.selftest import c_program
 from kvmbook.search.space import MOST_STATES, Space, space_of
-from kvmbook.search.tables import EXIT, UserSteps
+from kvmbook.search.tables import EXIT, PageSteps, Pairs
 
 UNSEEN = 255
 CHUNK = 1 << 16  # states handled at once: what they gather stays in the cache
 SCAN = 1 << 24  # bytes looked through at once
+FEW_STATES = 2000  # so many are sooner visited one by one than numbered
 
 Progress = Callable[[int, int, int], None]  # the level, the states met so far, how many there are at most
 
@@ -31,7 +34,8 @@ Progress = Callable[[int, int, int], None]  # the level, the states met so far, 
 @dataclass(frozen=True)
 class Result:
     """What a search found. ``states`` and ``transitions`` of the whole graph; ``depth``: the greatest distance of a state
-    from the start; ``trace``: a shortest run that loses a write, or None. The rest are its bounds."""
+    from the start; ``trace``: a shortest run that loses a write, or None. If not ``whole``, the search stopped at the loss:
+    ``states`` are those up to that level, ``transitions`` those of the levels before. The rest are its bounds."""
 
     hardware: Hardware
     kernel: Kernel
@@ -43,6 +47,7 @@ class Result:
     transitions: int
     depth: int
     trace: tuple[Action, ...] | None
+    whole: bool = True
 
     @property
     def safe(self) -> bool:
@@ -64,6 +69,7 @@ class Result:
 
     def __str__(self) -> str:
         size = f"{self.states:,} states, {self.transitions:,} transitions, depth {self.depth}"
+        size += "" if self.whole else ", where it stopped: no full count"
         found = "no run loses a write"
         if self.trace is not None:
             steps = (f"{number:3}  {action}" for number, action in enumerate(self.trace, 1))
@@ -81,85 +87,108 @@ def explore(
     grain: Grain = Grain.STEP,
     without: Collection[str] = (),
     progress: Progress | None = None,
+    whole: bool = True,
 ) -> Result:
-    """Search all runs of ``vcpus`` vCPUs on one slot of ``pages`` 4K pages.
+    """Search all runs of ``vcpus`` vCPUs on one slot of ``pages`` 4K pages; if not ``whole``, up to the level in which a
+    write is first lost, which is all that a shortest run needs.
 
     Bounds: accesses are reads and writes; the host only ages; harvests are KVM_GET_DIRTY_LOG; PML buffers do not fill; the
     fast path tries twice; steps that ``without`` names (`Action.what`, say "ages") are not done. ``progress`` is called now
     and then with the level, the number of states met so far, and a bound of it; `kvmbook.views.search_progress` is one.
-    Raises ValueError for sizes below 1, and, before it searches, for sizes that would need more than 4 GiB.
+    Raises ValueError for sizes below 1, and, before it visits more than a few states, for sizes that would need more than
+    4 GiB.
     """
-    space = space_of(hardware, kernel, pages, vcpus, grain, without)
-    if space.bound > MOST_STATES:
-        smaller = (space_of(hardware, kernel, p, vcpus, grain, without).bound for p in range(1, pages))
-        fit = sum(1 for _ in itertools.takewhile(lambda bound: bound <= MOST_STATES, smaller))
-        raise ValueError(
-            f"{pages} pages and {vcpus} vCPUs make up to {space.bound:,} states, {space.bound / 2**30:,.1f} GiB at one byte "
-            f"each, and as much again at work; {fit} page(s) fit. kvmbook.search.count_states does not visit them"
-        )
-    search = Search(space)
-    search.run(progress)
+    steps = PageSteps(Cells(hardware, kernel, pages, grain, without), vcpus)
     bounds = hardware, kernel, pages, vcpus, grain, frozenset(without)
-    return Result(*bounds, search.states, search.transitions, search.depth, search.shortest_loss())
+    if not whole and (near := search_pagewise(Pagewise(steps), FEW_STATES)) is not None:
+        return Result(*bounds, near.states, near.transitions, near.depth, near.trace, whole=near.trace is None)
+    space = Space(Pairs(steps))
+    if space.bound > MOST_STATES:
+        raise ValueError(_too_large(space, hardware, kernel, without))
+    search = Search(space)
+    search.run(progress, whole)
+    trace = search.shortest_loss()
+    return Result(*bounds, search.states, search.transitions, search.depth, trace, whole or trace is None)
+
+
+def _too_large(space: Space, hardware: Hardware, kernel: Kernel, without: Collection[str]) -> str:
+    pages, vcpus, grain = space.pages, space.pairs.vcpus, space.pairs.cells.grain
+    smaller = (space_of(hardware, kernel, p, vcpus, grain, without).bound for p in range(1, pages))
+    fit = sum(1 for _ in itertools.takewhile(lambda bound: bound <= MOST_STATES, smaller))
+    return (
+        f"{pages} pages and {vcpus} vCPUs make up to {space.bound:,} states, {space.bound / 2**30:,.1f} GiB at one byte "
+        f"each, and as much again at work; {fit} page(s) fit. kvmbook.search.count_states does not visit them"
+    )
 
 
 class Search:
     """Breadth-first over a `Space`. After `run`: ``states``, ``transitions``, ``depth``, and ``level``, one byte a state."""
 
     def __init__(self, space: Space) -> None:
-        self.space = space
-        pairs, place = space.pairs, space.place
-        self.everywhere = {what: place[np.array(to)[space.order]] for what, to in pairs.everywhere.items()}
-        self.lost = np.array([pairs.steps.lost(*pair) for pair in pairs.pairs])[space.order]
-        self._rows_of_edges()
-        self._columns_of_user_steps()
-        self.may_exit = np.array([[space.may_exit(s, v) for v in range(pairs.vcpus)] for s in space.situations])
+        self.space, self.pagewise = space, Pagewise(space.pairs.steps, space.pages)
+        self.lost = np.array([space.pairs.steps.lost(*pair) for pair in space.pairs.pairs])[space.order]
+        blocks_lost = np.bincount(space.block, self.lost, len(space.size)) > 0
+        self.may_lose = blocks_lost[space.blocks].any(axis=1)
+        self.pages = self._steps_of_pages()
+        self.vm = self._steps_of_all()
+        self.near, self.far = self._columns()
+        self.levels = Levels(space, self.pages, self.vm) if pays(space) else None
 
     # ---- tables to gather from --------------------------------------------------------------------------------------
 
-    def _rows_of_edges(self) -> None:
-        """One row for each pair and for what may go on elsewhere, with the steps that are possible then: those that stay in
-        the block as differences, the others as (everywhere, pair)."""
+    def _steps_of_pages(self) -> PageTables:
+        """One row for each pair and for what may go on elsewhere, with the steps that are possible then."""
         space = self.space
-        edges = self._edges()
+        here, to, what, unless = self._edges()
+        begin, end = (np.searchsorted(here, pairs) for pairs in (space.first, space.first + space.size))
         rows: dict[tuple[int, int], int] = {}
-        near: list[list[int]] = []
-        far: list[list[tuple[int, int]]] = []
-        degree: list[int] = []
-        self.row = [np.empty(len(space.situations), np.int64) for _ in range(space.pages)]
+        pair, row, chosen, total = [np.empty(0, int)], [np.empty(0, int)], [np.empty(0, int)], 0
+        first = [np.empty(len(space.situations), np.int64) for _ in range(space.pages)]
         for s, situation in enumerate(space.situations):
             for page, block in enumerate(situation):
                 elsewhere = space.elsewhere(situation, page)
-                if rows.setdefault((block, elsewhere), len(degree)) == len(degree):
-                    low, high = int(space.first[block]), int(space.first[block] + space.size[block])
-                    for here in range(low, high):
-                        steps = [(what, to) for what, to, unless in edges[here] if not unless & elsewhere]
-                        away = {step for step in steps if step[0] or not low <= step[1] < high}
-                        near.append(sorted({to - here for step in steps if step not in away for to in step[1:]} - {0}))
-                        far.append(sorted(away))
-                        degree.append(len(steps))
-                self.row[page][s] = rows[block, elsewhere]
-        self.degree = np.array(degree)
-        self.near = _columns(near, 0)
-        self.far = {
-            what: _columns([[to for w, to in row if w == what] for row in far], -1) for what in (0, *self.everywhere)
-        }
+                if rows.setdefault((block, elsewhere), total) == total:
+                    edges = np.arange(begin[block], end[block])
+                    chosen.append(edges[unless[edges] & elsewhere == 0])
+                    row.append(here[chosen[-1]] + (total - space.first[block]))
+                    pair.append(space.first[block] + np.arange(space.size[block]))
+                    total += int(space.size[block])
+                first[page][s] = rows[block, elsewhere]
+        edge, of_row, of_pair = (np.concatenate(parts) for parts in (chosen, row, pair))
+        degree = np.bincount(of_row, minlength=total)
+        changes = (what[edge] != 0) | (to[edge] != here[edge])
+        kinds = len(space.pairs.effects) + 1
+        steps = np.unique(((of_row * kinds + what[edge]) * len(space.place) + to[edge])[changes])
+        steps, to = np.divmod(steps, len(space.place))
+        return PageTables(first, of_pair, degree, *np.divmod(steps, kinds), to)
 
-    def _edges(self) -> list[list[tuple[int, int, int]]]:
-        """The steps of each pair: what they do everywhere, if that is anything; the pair that they lead to; `Edge.unless`."""
-        pairs, place = self.space.pairs, self.space.place.tolist()
-        edges: list[list[tuple[int, int, int]]] = [[]] * len(place)
-        for number, (control, _) in enumerate(pairs.pairs):
-            edges[place[number]] = [
-                (e.everywhere, place[pairs.number[control, e.page]], e.unless) for e in pairs.edges[number]
-            ]
-        return edges
+    def _edges(self) -> np.ndarray:
+        """The steps of all pairs, by pair: the pair, the one that it becomes, what that does everywhere, `Edge.unless`."""
+        pairs, place = self.space.pairs, self.space.place
+        count = np.array([len(edges) for edges in pairs.edges])
+        numbers = itertools.chain.from_iterable(itertools.chain.from_iterable(pairs.edges))
+        to, what, unless = np.fromiter(numbers, np.int64, 3 * count.sum()).reshape(-1, 3).T
+        here = np.repeat(place, count)
+        return np.array([here, place[to], what, unless])[:, np.argsort(here, kind="stable")]
 
-    def _columns_of_user_steps(self) -> None:
-        """For the first, second, ... step of user space: what each pair becomes, in the silent and the spoken control, and
-        whether it speaks; by page, if that makes a difference."""
+    def _columns(self) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
+        """For the first, second, ... step of each row: how many pairs further on it leads, where it stays in the block; to
+        which pair, where it does not, by what it does everywhere."""
+        steps, block = self.pages, self.space.block
+        here, rows = steps.pair[steps.row], len(steps.degree)
+        stays = (steps.what == 0) & (block[steps.to] == block[here])
+        near, far = _columns(steps.row[stays], (steps.to - here)[stays], rows, 0), []
+        for what in range(len(self.vm.everywhere)):
+            leaves = ~stays & (steps.what == what)
+            far.append(_columns(steps.row[leaves], steps.to[leaves], rows, -1))
+        return near, far
+
+    def _steps_of_all(self) -> VmTables:
         space, pairs, place = self.space, self.space.pairs, self.space.place.tolist()
-        self.user: list[tuple[np.ndarray, np.ndarray]] = []
+        images = [place if what == 0 else space.place[pairs.everywhere[what]] for what in (0, *pairs.effects)]
+        everywhere = np.array(images)[:, space.order]
+        may_exit = np.array([[space.may_exit(s, v) for v in range(pairs.vcpus)] for s in space.situations])
+        user: list[tuple[np.ndarray, np.ndarray]] = []
         for nth in range(max(map(len, pairs.users.values()))):
             to = np.full((2, len(pairs.numbers), len(space.place)), -1)
             speaks = np.zeros((len(pairs.numbers), len(space.place)), bool)
@@ -171,8 +200,8 @@ class Search:
                         for column, control in enumerate((steps[nth].silent, steps[nth].spoken)):
                             if control is not None and not (says and column == 0):
                                 to[column, which, here] = place[pairs.number[control, page]]
-            self.user.append((to, speaks))
-        self.user_steps = np.array([len(space.users(situation)) for situation in space.situations])
+            user.append((to, speaks))
+        return VmTables(everywhere, may_exit, user, np.array([len(space.users(s)) for s in space.situations]))
 
     # ---- one level --------------------------------------------------------------------------------------------------
 
@@ -206,18 +235,18 @@ class Search:
         situation, ranks = self._take_apart(states)
         pairs = [rank + firsts.take(situation) for rank, firsts in zip(ranks, space.firsts, strict=True)]
         for page, rank in enumerate(ranks):
-            row, stride = rank + self.row[page].take(situation), space.strides[page].take(situation)
-            self.transitions += int(self.degree.take(row).sum())
+            row, stride = rank + self.pages.first[page].take(situation), space.strides[page].take(situation)
+            self.transitions += int(self.pages.degree.take(row).sum())
             for column in self.near:  # the situation stays, so the number changes by a multiple of the stride
                 yield slice(None), states + column.take(row) * stride
-            for what, columns in self.far.items():
+            for what, columns in enumerate(self.far):
                 for column in columns:
                     to = column.take(row)
                     which = np.flatnonzero(to >= 0)
                     if which.size:
                         after = [pair.take(which) for pair in pairs]
                         if what:
-                            after = [self.everywhere[what].take(pair) for pair in after]
+                            after = [self.vm.everywhere[what].take(pair) for pair in after]
                         after[page] = to.take(which)
                         yield which, self._put_together(after)
         yield from self._exits(situation, pairs)
@@ -226,18 +255,18 @@ class Search:
     def _exits(self, situation: np.ndarray, pairs: list[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """A vCPU in the guest whose PML buffer holds some page leaves it."""
         for vcpu in range(self.space.pairs.vcpus):
-            if self.may_exit[:, vcpu].any():
-                drained = self.everywhere[EXIT + vcpu]
+            if self.vm.may_exit[:, vcpu].any():
+                drained = self.vm.everywhere[EXIT + vcpu]
                 changes = np.any([drained.take(pair) != pair for pair in pairs], axis=0)
-                which = np.flatnonzero(changes & self.may_exit[:, vcpu].take(situation))
+                which = np.flatnonzero(changes & self.vm.may_exit[:, vcpu].take(situation))
                 self.transitions += which.size
                 yield which, self._put_together([drained.take(pair.take(which)) for pair in pairs])
 
     def _user_space(self, situation: np.ndarray, pairs: list[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """All pages change at once; where to depends on whether one of them speaks."""
-        possible = self.user_steps.take(situation)
+        possible = self.vm.user_steps.take(situation)
         self.transitions += int(possible.sum())
-        for nth, (to, speaks) in enumerate(self.user):
+        for nth, (to, speaks) in enumerate(self.vm.user):
             which = np.flatnonzero(possible > nth)
             here = [pair.take(which) for pair in pairs]
             spoken = np.zeros(which.size, int)
@@ -247,14 +276,17 @@ class Search:
 
     # ---- the whole search -------------------------------------------------------------------------------------------
 
-    def run(self, progress: Progress | None = None) -> None:
-        """Visit all states. What it finds is in this object alone: it can be interrupted at any time."""
+    def run(self, progress: Progress | None = None, whole: bool = True) -> None:
+        """Visit all states; if not ``whole``, up to the first level in which a write is lost. What it finds is in this
+        object alone: it can be interrupted at any time."""
         self.level = np.full(self.space.bound, UNSEEN, np.uint8)
         self.transitions, self.states, self.depth = 0, 0, 0
         frontier = self._put_together([self.space.place[:1]] * self.space.pages)
         self.level[frontier] = 0
         while frontier.size:
             self.states += frontier.size
+            if not whole and self._lost_in(frontier).any():
+                break
             frontier = self._next(frontier, progress)
             self.depth += bool(frontier.size)
 
@@ -265,9 +297,7 @@ class Search:
         if number == UNSEEN:
             raise ValueError(f"a run of {UNSEEN} steps: one byte is too small for the level of a state")
         for begin in range(0, frontier.size, CHUNK):
-            for _, after in self.successors(frontier[begin : begin + CHUNK]):
-                new = after.compress(level.take(after) == UNSEEN)
-                level[new] = number
+            for new in self._mark(frontier[begin : begin + CHUNK], number):
                 count += new.size
                 if count * 1000 < len(level):
                     met.append(new)
@@ -277,6 +307,18 @@ class Search:
             return np.unique(np.concatenate([*met, frontier[:0]]))
         parts = range(0, len(level), SCAN)
         return np.concatenate([begin + np.flatnonzero(level[begin : begin + SCAN] == number) for begin in parts])
+
+    def _mark(self, states: np.ndarray, number: int) -> Iterator[np.ndarray]:
+        """Give all that follow on ``states`` and have no level yet this one; yield them."""
+        if self.levels is not None:
+            for _, after, _, transitions in self.levels.successors(states):
+                self.transitions += transitions
+                yield self.levels.mark(after, self.level, number)
+        else:
+            for _, after in self.successors(states):
+                new = after.compress(self.level.take(after) == UNSEEN)
+                self.level[new] = number
+                yield new
 
     # ---- a shortest run ---------------------------------------------------------------------------------------------
 
@@ -289,12 +331,8 @@ class Search:
         good = [goals]  # from the end to the start: the states on some shortest run
         for number in range(length - 1, -1, -1):
             states = np.flatnonzero(self.level == number)
-            leads = np.zeros(states.size, bool)
-            for begin in range(0, states.size, CHUNK):
-                part = leads[begin : begin + CHUNK]
-                for which, after in self.successors(states[begin : begin + CHUNK]):
-                    part[which] |= np.isin(after, good[-1])
-            good.append(states.compress(leads))
+            parts = [states[begin : begin + CHUNK] for begin in range(0, states.size, CHUNK)]
+            good.append(np.concatenate([part.compress(self._lead_to(good[-1], part, number + 1)) for part in parts]))
         self.transitions = counted
         trace, here = [], int(good.pop()[0])
         for goal in reversed(good):
@@ -302,19 +340,41 @@ class Search:
             trace.append(action)
         return tuple(trace)
 
+    def _lead_to(self, goals: np.ndarray, states: np.ndarray, number: int) -> np.ndarray:
+        """Which of ``states`` have one of the ``goals``, all of one level, among their successors."""
+
+        def hits(after: np.ndarray) -> np.ndarray:
+            found: np.ndarray = self.level.take(after) == number
+            found[found] = np.isin(after.compress(found), goals)
+            return found
+
+        leads = np.zeros(states.size, bool)
+        if self.levels is not None:
+            for where, after, ends, _ in self.levels.successors(states):
+                leads[where] = np.diff(np.cumsum(hits(after)).take(ends - 1), prepend=0) > 0
+        else:
+            for which, after in self.successors(states):
+                leads[which] |= hits(after)
+        return leads
+
     def _first_lost(self) -> np.ndarray:
         """The states in which a write is lost, of the first level that has any."""
         found = [np.empty(0, np.int64)]
-        for situation, begin, end in zip(self.space.situations, self.space.base, self.space.base[1:], strict=False):
-            if any(self.lost[self.space.block == block].any() for block in situation):
-                states = begin + np.flatnonzero(self.level[begin:end] != UNSEEN)
-                _, ranks = self._take_apart(states)
-                firsts = (self.space.first[block] for block in situation)
-                lost = [self.lost.take(rank + first) for rank, first in zip(ranks, firsts, strict=True)]
-                found.append(states.compress(np.any(lost, axis=0)))
+        for begin, end in zip(self.space.base[:-1][self.may_lose], self.space.base[1:][self.may_lose], strict=True):
+            states = begin + np.flatnonzero(self.level[begin:end] != UNSEEN)
+            found.append(states.compress(self._lost_in(states)))
         states = np.concatenate(found)
         levels = self.level[states]
         return states.compress(levels == levels.min(initial=UNSEEN))
+
+    def _lost_in(self, states: np.ndarray) -> np.ndarray:
+        """Whether a write is lost in each of these, in ascending order."""
+        situation, ranks = self._take_apart(states)
+        lost = [
+            self.lost.take(rank + firsts.take(situation)) for rank, firsts in zip(ranks, self.space.firsts, strict=True)
+        ]
+        together: np.ndarray = np.logical_or.reduce(lost)
+        return together
 
     def pairs_in(self, state: int) -> list[int]:
         """For each page of one state the number of its pair, as in `Pairs`."""
@@ -327,37 +387,18 @@ class Search:
         return int(self._put_together([self.space.place[[pair]] for pair in pairs])[0])
 
     def actions(self, state: int) -> list[tuple[Action, int]]:
-        """The steps possible in one state, and where they lead: vCPUs first, then KVM for them, the host, user space."""
-        space, pairs, here = self.space, self.space.pairs, self.pairs_in(state)
-        situation = tuple(pairs.block[pair] for pair in here)
-        control = pairs.pairs[here[0]][0]
-        steps: list[tuple[Action, list[int]]] = []
-        for page, pair in enumerate(here):
-            for edge in pairs.edges[pair]:
-                if not edge.unless & space.elsewhere(situation, page):
-                    after = [pairs.everywhere[edge.everywhere][p] for p in here] if edge.everywhere else list(here)
-                    after[page] = pairs.number[control, edge.page]
-                    named = edge.action._replace(page=page) if edge.action.page is not None else edge.action
-                    steps.append((named, after))
-        for vcpu in range(pairs.vcpus):
-            drained = [pairs.everywhere[EXIT + vcpu][pair] for pair in here]
-            if drained != here and space.may_exit(situation, vcpu):
-                steps.append((Action(f"vCPU{vcpu}", "exits"), drained))
-        steps.sort(key=lambda step: ["vCPU", "KVM ", "host"].index(step[0].who[:4]))
-        for user in space.users(situation):
-            steps.append((user.action, self._after_user(user, here)))
-        return [(action, self.state_of(after)) for action, after in steps]
-
-    def _after_user(self, user: UserSteps, here: list[int]) -> list[int]:
-        becomes = [user.becomes[page % len(user.becomes)][pair] for page, pair in enumerate(here)]
-        control: Control | None = user.spoken if any(speaks for _, speaks in becomes) else user.silent
-        assert control is not None
-        return [self.space.pairs.number[control, page] for page, _ in becomes]
+        """The steps possible in one state, and where they lead, as `Pagewise.actions` orders them."""
+        found, pairs = self.pagewise, self.space.pairs
+        here = tuple(found.number(*pairs.pairs[pair]) for pair in self.pairs_in(state))
+        return [
+            (action, self.state_of([pairs.number[found.pairs[pair]] for pair in after]))
+            for action, after in found.actions(here)
+        ]
 
 
-def _columns(rows: list[list[int]], fill: int) -> list[np.ndarray]:
-    """Lists of different lengths as columns, the short ones filled up."""
-    table = np.full((max(map(len, rows), default=0), len(rows)), fill)
-    for number, row in enumerate(rows):
-        table[: len(row), number] = row
+def _columns(row: np.ndarray, values: np.ndarray, rows: int, fill: int) -> list[np.ndarray]:
+    """What each row has, the rows ascending, as columns of all rows, the short ones filled up."""
+    nth = np.arange(row.size) - np.searchsorted(row, row)
+    table = np.full((nth.max(initial=-1) + 1, rows), fill)
+    table[nth, row] = values
     return list(table)

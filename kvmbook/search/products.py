@@ -114,9 +114,9 @@ class PairSets:
             self._tables[key] = [
                 sum(
                     {
-                        self.bit[self.pairs.number[control, edge.page]]
-                        for edge in self.pairs.edges[number]
-                        if edge.everywhere == what and not edge.unless & elsewhere
+                        self.bit[to]
+                        for to, does, unless in self.pairs.edges[number]
+                        if does == what and not unless & elsewhere
                     }
                 )
                 for number in self.members[control]

@@ -98,8 +98,7 @@ class Space:
         # steps from block to block, with their conditions
         ways: list[set[tuple[int, int]]] = [set() for _ in pairs.blocks]
         for number, edges in enumerate(pairs.edges):
-            control = pairs.pairs[number][0]
-            ways[pairs.block[number]] |= {(pairs.block_of(control, edge.page), edge.unless) for edge in edges}
+            ways[pairs.block[number]] |= {(pairs.block[to], unless) for to, _, unless in edges}
         start = (pairs.block[0],) * self.pages
         found, todo = {start}, [start]
         while todo:

@@ -163,6 +163,11 @@ class PageSteps:
         changed = [after._replace(**differences(blank, w)) for _, w, _ in alone]
         return spoken.pop() if spoken else silent, self.page(joined(after, changed), [view for _, _, view in alone])
 
+    def holds_up_user(self, control: Control, page: Page) -> bool:
+        """Whether user space must wait for a fault on the page."""
+        faults = [fault for view in self.parts(page)[1] if (fault := view.fault) is not None]
+        return any(self.cells.blocks_user(control, fault) for fault in faults)
+
     def lost(self, control: Control, page: Page) -> bool:
         """Whether a write to the page is lost: written, and no view knows."""
         word, views = self.parts(page)
@@ -200,7 +205,8 @@ class UserSteps:
 class Pairs:
     """All pairs of a slot with ``steps.cells.pages`` pages and ``steps.vcpus`` vCPUs, numbered as they are found.
 
-    ``pairs[i]``: control and page; ``edges[i]``: its steps; ``everywhere[what][i]``: the pair that a flush or an exit makes
+    ``pairs[i]``: control and page; ``edges[i]``: its steps, each as the pair that it leads to, and `Edge.everywhere` and
+    ``unless``; ``everywhere[what][i]``: the pair that a flush or an exit makes
     of pair i, ``quiet`` those that change none, which the edges leave out; ``block[i]``: its block; ``blocks[b]``: control
     and gates; ``members[b]``: its pairs; ``holds_up_user[b]``: whether user space must wait while a page is there;
     ``users[control]``: the steps of user space.
@@ -215,7 +221,7 @@ class Pairs:
         self.effects = [FLUSH, *(EXIT + v for v in range(vcpus))]
         self.pairs: list[Pair] = []
         self.number: dict[Pair, int] = {}
-        self.edges: list[list[Edge]] = []
+        self.edges: list[list[tuple[int, int, int]]] = []
         self.blocks: list[tuple[Control, Gates]] = []
         self.block: list[int] = []
         self.holds_up_user: list[bool] = []
@@ -230,7 +236,8 @@ class Pairs:
             self.members[block].append(number)
         unchanged = list(range(len(self.pairs)))
         self.quiet = {what for what, to in self.everywhere.items() if to == unchanged}
-        self.edges = [[e._replace(everywhere=0) if e.everywhere in self.quiet else e for e in es] for es in self.edges]
+        if self.quiet:
+            self.edges = [[(to, 0 if what in self.quiet else what, u) for to, what, u in es] for es in self.edges]
         self._after: dict[tuple[int, int, Control], set[int]] = {}
 
     def find(self, control: Control, page: Page) -> int:
@@ -244,14 +251,12 @@ class Pairs:
             self.block.append(self._block_number.setdefault(key, len(self.blocks)))
             if self.block[-1] == len(self.blocks):
                 self.blocks.append(key)
-                faults = [fault for view in self.steps.parts(page)[1] if (fault := view.fault) is not None]
-                self.holds_up_user.append(any(self.cells.blocks_user(control, fault) for fault in faults))
+                self.holds_up_user.append(self.steps.holds_up_user(control, page))
         return number
 
     def _visit(self, number: int, control: Control, page: Page) -> None:
-        self.edges.append(self.steps.edges(control, page))
-        for edge in self.edges[-1]:
-            self.find(control, edge.page)
+        edges = self.steps.edges(control, page)
+        self.edges.append([(self.find(control, edge.page), edge.everywhere, edge.unless) for edge in edges])
         for what in self.effects:
             self.everywhere[what].append(self.find(control, self.steps.everywhere(control, page, what)))
         if control not in self.users:

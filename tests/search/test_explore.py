@@ -1,6 +1,7 @@
 """The fast searches against the plain one, which drives whole VMs; the golden table; and the two verdicts that surprise."""
 
 import random
+import sys
 
 import golden
 import numpy as np
@@ -15,6 +16,7 @@ from kvmbook.search import (
     Cells,
     Grain,
     PageSteps,
+    Pagewise,
     Pairs,
     Search,
     Space,
@@ -27,6 +29,7 @@ from kvmbook.search import (
     leaves_met,
     plain_search,
     possible,
+    search_pagewise,
     smallest_vm,
     space_of,
     view_of,
@@ -164,6 +167,55 @@ def test_the_states_of_a_gigabyte():
     count = count_any_size(HARDWARE["ept_no_ad"], Kernel.v6_0, 1 << 18)
     assert count.safe and count.states.bit_length() == 1_375_713
     assert str(count) == "more than 2^1375712 states in 18 boxes, no write is lost"
+
+
+# ---- a search that stops at the loss ---------------------------------------------------------------------------------
+
+
+def by_levels(*instance):
+    """What a search that stops is to say, told from the levels of the whole one."""
+    search = Search(space_of(*instance))
+    search.run()
+    trace = search.shortest_loss()
+    levels = np.bincount(search.level, minlength=256)[: search.depth + 1 if trace is None else len(trace) + 1]
+    return int(levels.sum()), len(levels) - 1, trace
+
+
+@pytest.mark.parametrize("few", [0, 10**6], ids=["numbered", "asked when needed"])
+@pytest.mark.parametrize("name", KINDS)
+def test_a_search_that_stops_finds_the_same_trace_and_the_levels_up_to_it(name, few, monkeypatch):
+    monkeypatch.setattr(sys.modules["kvmbook.search.explore"], "FEW_STATES", few)
+    for policy, size in (
+        ("IF_CHANGED", (1, 1, Grain.STEP)),
+        ("NEVER", (2, 1, Grain.ACCESS)),
+        ("ALWAYS", (1, 2, Grain.ACCESS)),
+    ):
+        instance = HARDWARE[name], kernel(policy), *size
+        result = explore(*instance, whole=False)
+        assert (result.states, result.depth, result.trace) == by_levels(*instance)
+        assert result.whole is result.safe is (result.trace is None)
+        assert result.whole is ("no full count" not in str(result))
+        if result.safe:
+            assert result == explore(*instance)
+
+
+def test_both_ways_to_stop_count_the_same(monkeypatch):
+    instance = HARDWARE["pml"], kernel("IF_MMU_WRITABLE"), 1, 2, Grain.FAULT
+    told = []
+    for few in (0, 10**6):
+        monkeypatch.setattr(sys.modules["kvmbook.search.explore"], "FEW_STATES", few)
+        told.append(explore(*instance, whole=False))
+    assert told[0] == told[1]
+    assert found(told[0]) == (2826, 17981, 16, 16)
+    assert explore(*instance).trace == told[0].trace
+
+
+def test_a_search_that_stops_runs_only_the_steps_of_the_model_that_it_meets():
+    steps = PageSteps(Cells(HARDWARE["ept_no_ad"], Kernel.v5_19), 1)
+    assert len(search_pagewise(Pagewise(steps), 2000).trace) == 15
+    met = len(steps.cells._known)
+    Pairs(steps)
+    assert met < len(steps.cells._known) / 2
 
 
 # ---- what the searches find ------------------------------------------------------------------------------------------
