@@ -36,11 +36,13 @@ LIVES = tuple(Life(kernel, idle, ageing) for kernel in ("v5.19", "v6.0") for age
 
 
 def move(life: Life, seed: int) -> int:
-    """Migrate one guest; the number of its ending. 0: enabling flushed. 1: it did not, since no SPTE was writable, and yet
-    all pages are right. 2: pages are wrong. The migration begins at any time between two ageings."""
-    setting = Setting(kernel=Kernel.of(life.kernel), ageing=life.ageing, warm_up=WARM_UP + seed % life.ageing)
-    moved = copied(setting, Workload(seed, life.idle))
-    return 2 if moved.differing else 0 if moved.enabling_flushed else 1
+    """Migrate one guest; its ending, by its place in `ENDINGS`: wrong pages; or none, as enabling flushed; or none, though it
+    did not, since no SPTE was writable. The migration begins at any time between two ageings, and after the first."""
+    warm_up = max(WARM_UP, life.ageing + 1) + seed % life.ageing
+    moved = copied(
+        Setting(kernel=Kernel.of(life.kernel), ageing=life.ageing, warm_up=warm_up), Workload(seed, life.idle)
+    )
+    return ENDINGS.index(WRONG if moved.differing else FLUSHED if moved.enabling_flushed else LUCKY)
 
 
 class Chance(NamedTuple):
@@ -68,7 +70,7 @@ def kept() -> dict[Life, str]:
     return {Life(kernel, idle, ageing): digits for kernel, idle, ageing, digits in json.loads(text)}
 
 
-def chance(life: Life, *endings: str) -> Chance:
-    """How often a life ends in one of ``endings``, by what is kept. KeyError for a life that is not."""
+def chance(life: Life, ending: str) -> Chance:
+    """How often a life ends so, one of `ENDINGS`, by what is kept. KeyError for a life that is not."""
     digits = kept()[life]
-    return Chance(sum(digits.count(str(ENDINGS.index(ending))) for ending in endings), len(digits))
+    return Chance(digits.count(str(ENDINGS.index(ending))), len(digits))

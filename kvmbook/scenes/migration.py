@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvmbook.model import Hardware, Kernel, Outcome, Vcpu, Vm
+from kvmbook.model import PG_LEVEL_4K, Hardware, Kernel, Outcome, Vcpu, Vm
 from kvmbook.scenes.enabling import BASE_GFN, spte_state, tlb_state
 from kvmbook.scenes.store import AtRest, Clients, Store
 
@@ -33,12 +33,13 @@ THROTTLE_FIRST, THROTTLE_MORE, THROTTLE_MOST = 20, 10, 99  # percent, QEMU's own
 class Setting:
     """A guest, its host, and how user space moves it; times in ticks.
 
-    ``tlb``: how many pages a vCPU's TLB remembers; a new one pushes the oldest out. ``warm_up``: ticks before the migration.
-    ``bandwidth``: pages sent in a tick. ``downtime``: for so many ticks the guest may stand still. ``auto_converge``: the
-    guest is slowed down while rounds do not get shorter. ``max_rounds``: after so many user space gives up. The host's
-    chores, each every so many ticks, 0 for never: ``ageing`` marks all pages idle without a flush (page_idle);
-    ``reclaim`` looks for eight idle pages, with a flush for each young one, and swaps the idle ones out; ``ksm`` makes one
-    page share its frame.
+    ``tlb``: how many pages a vCPU's TLB remembers; a new one pushes out the one that it has had longest. ``warm_up``: ticks
+    before the migration. ``bandwidth``: pages sent in a tick. ``downtime``: the guest is stopped when what is left can be
+    sent in so many ticks; it runs for one more until it stands still, and what it writes in that comes on top.
+    ``auto_converge``: it is slowed down while rounds do not get shorter; when it does not run, its clients ask in vain.
+    ``max_rounds``: after so many user space gives up. The host's chores, each every so many ticks, 0 for never: ``ageing``
+    marks all pages idle without a flush (page_idle); ``reclaim`` looks at the next eight pages, with a flush for each young
+    one, and swaps the idle ones out; ``ksm`` makes the next page that is mapped share its frame.
     """
 
     hardware: Hardware = NO_AD
@@ -120,15 +121,16 @@ class Wrong:
         write = self.lost
         vcpu = write.wrote or 0
         said = f"page {self.page}: vCPU {vcpu}'s write in tick {write.tick} has not arrived; the SPTE was {write.spte} "
-        said += f"since tick {self._since(lambda instant: instant.spte)}"
+        said += f"since tick {self._since(write, lambda instant: instant.spte)}"
         if write.spte != "writable":
-            said += f", the TLB entry {write.tlb[vcpu]} since tick {self._since(lambda instant: instant.tlb[vcpu])}"
+            since = self._since(write, lambda instant: instant.tlb[vcpu])
+            said += f", the TLB entry {write.tlb[vcpu]} since tick {since}"
         return said
 
-    def _since(self, part: Callable[[Instant], str]) -> int:
-        """Since which tick a part of it was what it was at the lost write."""
-        at = self.instants.index(self.lost)
-        while at and part(self.instants[at - 1]) == part(self.lost):
+    def _since(self, write: Instant, part: Callable[[Instant], str]) -> int:
+        """Since which tick a part of the page's state was what it was at that write."""
+        at = self.instants.index(write)
+        while at and part(self.instants[at - 1]) == part(write):
             at -= 1
         return self.instants[at].tick
 
@@ -137,8 +139,8 @@ class Wrong:
 class Migrated:
     """What came of a migration. ``rounds``; ``downtime`` in ticks; ``finished``: False if user space gave up, and the guest
     stays where it is. ``source``, ``destination``: each page's bytes at the end. ``writable``: how many SPTEs were writable
-    when logging was enabled, and ``enabling_flushed`` whether that flushed. ``calls``: user space's; ``ageings``: the ticks
-    in which the host aged; ``wrong``: the pages that differ."""
+    when logging was enabled, and ``enabling_flushed`` whether that flushed. ``calls``: user space's. ``wrong``: the stories
+    of the pages that differ, from `migrate`."""
 
     setting: Setting
     rounds: tuple[Round, ...]
@@ -208,6 +210,8 @@ class _GuestMemory:
         while len(vcpu.tlb.entries) > migration.setting.tlb:
             _, gfn, _ = next(iter(vcpu.tlb.entries))
             vcpu.evict(gfn)
+            if gfn - BASE_GFN in migration.told:
+                migration.tell(gfn - BASE_GFN, f"vCPU {vcpu.state.id}'s TLB has no more room for it")
 
 
 class _Migration:
@@ -215,7 +219,7 @@ class _Migration:
 
     def __init__(self, setting: Setting, clients: Clients, watched: Collection[int] = ()) -> None:
         self.setting, self.clients = setting, clients
-        self.tick, self.hand, self.credit, self.throttle, self.slow = 0, 0, 0, 0, 0
+        self.tick, self.hand, self.merged, self.credit, self.throttle, self.slow = 0, 0, 0, 0, 0, 0
         self.told: dict[int, list[Instant]] = {page: [] for page in watched}
         self.versions = [0] * setting.pages
         self.arrived = [0] * setting.pages
@@ -258,7 +262,10 @@ class _Migration:
             self.hand = (self.hand + 8) % setting.pages
             self.tell_all("the host reclaims")
         if self._is_time(setting.ksm):
-            vm.change_pte(first + self.tick // setting.ksm % setting.pages, writable=False)
+            mapped = [gfn for gfn in range(first, behind) if vm.level(gfn) == PG_LEVEL_4K]
+            for gfn in mapped[self.merged % len(mapped) :][:1] if mapped else ():
+                vm.change_pte(gfn, writable=False)
+            self.merged += 1
             self.tell_all("the host merges a page")
 
     def _is_time(self, period: int) -> bool:

@@ -57,9 +57,9 @@ class Store:
         return None if place is None else self.page(int(place)).get(key)
 
     def put(self, key: str, value: str) -> None:
-        """Store a value: log, record, and, for a new key, index. ValueError if all pages are taken, or for a space in one."""
-        if " " in key + value or not key or not value:
-            raise ValueError(f"a key and a value are words; got {key!r}, {value!r}")
+        """Store a value: log, record, for a new key index. ValueError if all pages are taken, and for what is no word."""
+        if key.split() != [key] or value.split() != [value] or value == DELETED:
+            raise ValueError(f"a key and a value are words, the value not {DELETED!r}; got {key!r}, {value!r}")
         index = self.page(INDEX)
         taken = {int(place) for place in index.values()}
         place = int(index[key]) if key in index else next((p for p in range(RECORDS, self.pages) if p not in taken), 0)

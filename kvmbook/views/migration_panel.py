@@ -43,7 +43,9 @@ def _time(moved: Migrated) -> list[str]:
     said, colour = f"logging on: {'flush' if flushed else 'no flush'}", "" if flushed else LOST
     parts.append(f'<path d="M{at(begin):g} 26V{BASE + 6}" stroke="currentColor" stroke-width="2"/>')
     parts.append(text(at(begin) + 2, 20, said, size=SIZE, bold=True, fill=colour, anchor="start"))
-    ages = [tick for tick in range(begin - LEAD, moved.end) if setting.ageing and tick % setting.ageing == 0]
+    ages = [
+        tick for tick in range(begin - LEAD, moved.rounds[-1].begin) if setting.ageing and tick % setting.ageing == 0
+    ]
     parts += [text(at(tick), BASE + 20, "▽", size=SIZE) for tick in ages]
     ticks = f"stopped for {moved.downtime} tick{'s' * (moved.downtime != 1)}"
     told = f"pages left, each round{'; ▽ the host ages' * bool(ages)}"

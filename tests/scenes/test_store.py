@@ -33,7 +33,9 @@ def test_a_page_that_is_free_again_is_taken_first():
     assert shop.page(INDEX)["dave"] == str(RECORDS)
 
 
-@pytest.mark.parametrize("key, value", [("bo b", "7"), ("bob", "7 8"), ("", "7"), ("bob", "")])
+@pytest.mark.parametrize(
+    "key, value", [("bo b", "7"), ("bob", "7 8"), ("", "7"), ("bob", ""), ("b\nob", "7"), ("bob", DELETED)]
+)
 def test_a_put_that_is_no_word_is_refused_and_changes_nothing(key, value):
     shop = store()
     with pytest.raises(ValueError, match="words"):
