@@ -183,7 +183,11 @@ def words_a_page(ready: Pass, slot: Slot) -> float:
 def main(bits: list[int]) -> None:
     ways = ["compiled", "by kind"] if numba_is_there() else ["by kind"]
     columns = [f"2^{power}" for power in bits] + ["mixed"]
-    head = "".join(f"{way + ': ' * (column == columns[0])  if column == columns[0] else '':>12}" for way in ways for column in columns)
+    head = "".join(
+        f"{way + ': ' * (column == columns[0]) if column == columns[0] else '':>12}"
+        for way in ways
+        for column in columns
+    )
     print(f"{'pass / copyto':27}{head}")
     slots: dict[tuple[object, ...], Slot] = {}
     for name, hardware, kernel, ready in PASSES:

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from kvmbook.model.arrays import ALL_BITS, each, rewrite
+from kvmbook.model.arrays import ALL_BITS, each
 from kvmbook.model.machine import Machine, Operation, step
 from kvmbook.model.memslots import MemorySlot
 from kvmbook.model.page_tables import RMAPS, TDP
@@ -130,10 +130,7 @@ class ClearYoung(Ageing):
             table = m.page_tables.runs[seen.run]
             words = table.rows.reshape(-1)[seen.first : seen.first + seen.young.size]
             changed = seen.young & (words != seen.sptes)
-            if not self.lockless:
-                m.update_words(words, table.level, m.fmt.mmu_spte_age, seen.young & ~changed)
-            else:  # nobody tells the host what is dirty
-                rewrite(lambda old: m.fmt.mmu_spte_age(old)[:2], words, seen.young & ~changed)
+            m.update_words(words, table.level, m.fmt.mmu_spte_age, seen.young & ~changed)
             for at in np.flatnonzero(changed).tolist():
                 if seen.run + (seen.first + at) // SPTES_PER_TABLE in m.page_tables.tables:
                     words[at] = self._aged_by_now(m, int(seen.sptes[at]), int(words[at]))

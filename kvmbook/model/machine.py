@@ -322,7 +322,7 @@ class Machine:
         return asked
 
     def update_words(self, words: np.ndarray, level: int, rule: Rule, where: np.ndarray | None = None) -> bool:
-        """The same for entries that lie beside each other, in place, or (a bool array) for those that are meant."""
+        """The same for entries that lie beside each other, in place; all, or (a bool array) those that are meant."""
         asked = False
 
         def visit(old: int) -> Visit:
@@ -334,11 +334,9 @@ class Machine:
             return Visit(new, self._stops_being_dirty(old, new))
 
         was_dirty, in_a_row = rewrite(visit, words, where)
-        if not was_dirty.any():
-            return asked
-        if words.size > FEW_FRAMES and in_a_row:
+        if was_dirty.any() and in_a_row and words.size > FEW_FRAMES:
             self.host.dirty.add_run(self.fmt.spte_to_pfn(int(words[0])), was_dirty)
-        else:
+        elif was_dirty.any():
             self.host.dirty.add_each(self.fmt.spte_to_pfn(words[was_dirty]))
         return asked
 

@@ -19,7 +19,6 @@ from kvmbook.model.memslots import MemorySlot
 from kvmbook.model.page_tables import RMAPS, TDP
 from kvmbook.model.spte import KVM_MAX_HUGEPAGE_LEVEL, PG_LEVEL_2M, PG_LEVEL_4K, pages_per_level
 
-
 HUGE = PG_LEVEL_2M, KVM_MAX_HUGEPAGE_LEVEL
 
 
