@@ -1,7 +1,7 @@
 """Loops over an array of SPTEs, compiled by numba: over a helper's own source, and by kind, see `arrays`.
 
-Of a helper of `SpteFormat` two functions are made of it, one with the answers and one that says whether the assertions hold: a loop that could raise in
-the middle would not be fast. If they do not hold for some word, the helper itself is run on it, and raises.
+Of a helper two functions are made, one with the answers and one that says whether the assertions hold: a loop that could
+raise in the middle would not be fast. If they do not hold for some word, the helper itself is run on it, and raises.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def by_kind() -> Callable[..., tuple[int, int]]:
 
 
 def _flip(words, said, meant, start, kinds, flips, flags, known, true, page):  # type: ignore[no-untyped-def]
-    """``kinds`` and ``flips``, tuples of the same length: of SPTEs of a kind, what is to be flipped, with marks. ``said`` gets
-    the mark TRUE. ``meant``: None, or 1 for each word that is meant and 0 for others, which count as kind 0. Returns where it
+    """``kinds`` and ``flips``, tuples of one length: of SPTEs of a kind, what is to be flipped, with marks. ``said`` gets the
+    mark TRUE. ``meant``: None, or 1 for each word that is meant and 0 for others, which count as kind 0. Returns where it
     stopped, at a part with a kind that is not among them or behind the last word, and the bits in which addresses differ from
     a row of pages."""
     kind, marked, apart, zero = np.empty(PART, np.uint64), np.empty(PART, np.uint64), known ^ known, known ^ known

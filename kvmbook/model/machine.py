@@ -337,7 +337,8 @@ class Machine:
         if was_dirty.any() and in_a_row and words.size > FEW_FRAMES:
             self.host.dirty.add_run(self.fmt.spte_to_pfn(int(words[0])), was_dirty)
         elif was_dirty.any():
-            self.host.dirty.add_each(self.fmt.spte_to_pfn(words[was_dirty]))
+            frames: Any = words[was_dirty]
+            self.host.dirty.add_each(np.asarray(self.fmt.spte_to_pfn(frames)))
         return asked
 
     def any_leaf(self, side: bool, start: int, end: int, asks: Callable[[int], bool]) -> bool:
@@ -425,7 +426,7 @@ class Machine:
         if (told := self.told.get(slot.number)) is None:
             return np.zeros_like(taken)
         here = told[first : first + taken.size]
-        known = here & taken
+        known: np.ndarray = here & taken
         here &= ~taken
         return known
 
