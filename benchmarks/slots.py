@@ -182,17 +182,13 @@ def words_a_page(ready: Pass, slot: Slot) -> float:
 
 def main(bits: list[int]) -> None:
     ways = ["compiled", "by kind"] if numba_is_there() else ["by kind"]
-    columns = [f"2^{power}" for power in bits] + ["mixed"]
-    head = "".join(
-        f"{way + ': ' * (column == columns[0]) if column == columns[0] else '':>12}"
-        for way in ways
-        for column in columns
-    )
-    print(f"{'pass / copyto':27}{head}")
+    columns = "".join(f"{f'2^{power}':>7}{'mixed':>7}" for power in bits)
+    print(f"{'pass / copyto':27}" + "".join(f"{way + ':':>10}{columns}" for way in ways) + "    memory")
     slots: dict[tuple[object, ...], Slot] = {}
     for name, hardware, kernel, ready in PASSES:
         line, memory = f"{name:27}", 0.0
         for way in ways:
+            line += " " * 10
             with patch("kvmbook.model.compiled.numba_is_there", lambda way=way: way == "compiled"):
                 for power in bits:
                     for mixed in (False, True):
@@ -201,8 +197,8 @@ def main(bits: list[int]) -> None:
                             slots[key] = Slot.of(hardware, kernel, 1 << power)
                             if mixed:
                                 slots[key].mix()
-                        line += f"{ratio(ready, slots[key]):6.1f}"
-                        memory = max(memory, words_a_page(ready, slots[key]))
+                        line += f"{ratio(ready, slots[key]):7.1f}"
+                        memory = max(memory, words_a_page(ready, slots[key])) if power == bits[-1] else 0
         print(f"{line}   {memory:.1f} words", flush=True)
 
 

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
 
-from kvmbook.model.arrays import ALL_BITS, each, rewrite
+from kvmbook.model.arrays import ALL_BITS, rewrite
 from kvmbook.model.machine import Machine, Operation, step
 from kvmbook.model.memslots import MemorySlot
 from kvmbook.model.page_tables import RMAPS, TDP
-from kvmbook.model.spte import PG_LEVEL_4K, SPTES_PER_TABLE
+from kvmbook.model.spte import PG_LEVEL_4K, SPTES_PER_TABLE, SpteFormat
 
 
 def kvm_unmap_gfn_range(m: Machine, ranges: list[tuple[int, int]]) -> bool:
@@ -89,9 +90,14 @@ class Seen:
 def young_leaves(m: Machine, side: bool, start: int, end: int) -> Iterator[Seen]:
     """Read one side's SPTEs over [start, end)."""
     for table, first, words in m.page_tables.stretches(side, start, end):
-        young = each(lambda spte, at: m.fmt.maps_page(spte, at) and m.fmt.is_accessed_spte(spte), words, table.level)
+        sptes = words.copy()
+        young = rewrite(partial(_whether_young, m.fmt, table.level), sptes).said
         if young.any():
-            yield Seen(table.pfn, first, young, words.copy())
+            yield Seen(table.pfn, first, young.copy(), sptes)
+
+
+def _whether_young(fmt: SpteFormat, level: int, spte: int) -> tuple[int, bool]:
+    return spte, fmt.maps_page(spte, level) and fmt.is_accessed_spte(spte)
 
 
 @dataclass(eq=False)
@@ -130,10 +136,10 @@ class ClearYoung(Ageing):
             table = m.page_tables.runs[seen.run]
             words = table.rows.reshape(-1)[seen.first : seen.first + seen.young.size]
             changed = seen.young & (words != seen.sptes)
-            if not self.lockless:
-                m.update_words(words, table.level, m.fmt.mmu_spte_age, seen.young & ~changed)
-            else:  # nobody tells the host what is dirty
+            if self.lockless:  # the host is not told which were dirty
                 rewrite(lambda old: m.fmt.mmu_spte_age(old)[:2], words, seen.young & ~changed)
+            else:
+                m.update_words(words, table.level, m.fmt.mmu_spte_age, seen.young & ~changed)
             for at in np.flatnonzero(changed).tolist():
                 if seen.run + (seen.first + at) // SPTES_PER_TABLE in m.page_tables.tables:
                     words[at] = self._aged_by_now(m, int(seen.sptes[at]), int(words[at]))

@@ -25,7 +25,7 @@ MASKS = tuple(np.uint64(bits) for bits in (FLAG_BITS, compiled.KNOWN, compiled.T
 FEW_WORDS = 16  # as many are quicker asked one by one
 BLOCK = 1 << 16  # words that are worked at a time (measured: benchmarks/spte_arrays.py)
 FEW_KINDS = 8
-MANY = 8  # of so many words one is meant: more are worked with all that lie between them
+MANY = 32  # if fewer than one of so many words are meant, they are better taken out
 LARGE = 1 << 16  # words from which on compiling pays
 
 Learn = Callable[[int], tuple[int | bool, ...]]  # of a kind: what an SPTE is to be flipped by, and truths
@@ -64,50 +64,51 @@ class Rewritten(NamedTuple):
 
 def rewrite(visit: Visit, words: np.ndarray, where: np.ndarray | None = None) -> Rewritten:
     """Put the SPTE that ``visit`` makes of each word in its place; it says a bool beside. ``where``: a bool array, of the
-    words that are meant; of others it is False. ``visit`` is asked of each kind that is there, and of no other."""
-    if where is None or where.all():
-        return _in_place(visit, words)
-    pages = np.flatnonzero(where)
-    if pages.size > words.size // MANY:
-        new = np.where(where, words, np.uint64(0))  # an entry that maps nothing: no kind that matters
-        done = _in_place(visit, new)
-        np.copyto(words, new, where=where)
-        return Rewritten(done.said & where, in_a_row(words))
-    new, said = words[pages], np.zeros(words.size, bool)
-    said[pages] = _in_place(visit, new).said
-    words[pages] = new
-    return Rewritten(said, in_a_row(words))
-
-
-def _in_place(visit: Visit, words: np.ndarray) -> Rewritten:
-    if words.size < LARGE or not compiled.numba_is_there():
+    words that are meant; of others it is False. ``visit`` is asked of each kind that is meant (and perhaps of 0), once."""
+    if where is not None and (count := np.count_nonzero(where)) < words.size:
+        if count < words.size // MANY or not _compiles(words):
+            pages, said = np.flatnonzero(where), np.zeros(words.size, bool)
+            some = words[pages]
+            said[pages] = rewrite(visit, some).said
+            words[pages] = some
+            return Rewritten(said, False)
+    else:
+        where = None
+    if not _compiles(words):
         said = np.zeros(words.size, bool)
         _by_kind(visit, words, [words, said])
-        return Rewritten(said, in_a_row(words))
-    said = _room(words.size)
+        apart = _differ(words - _addresses(words.size)) if words.size > FEW_WORDS and said.any() else ALL_BITS
+        return Rewritten(said, not apart & SPTE_BASE_ADDR_MASK)
+    return _rewrite_compiled(visit, words, where)
+
+
+def _compiles(words: np.ndarray) -> bool:
+    return words.size >= LARGE and compiled.numba_is_there()
+
+
+def _rewrite_compiled(visit: Visit, words: np.ndarray, where: np.ndarray | None) -> Rewritten:
+    """Let the loop go on from where it met kinds that it did not know, until it is through."""
+    said, meant = _room(words.size), where if where is None else where.view(np.uint8)
     flips: dict[int, int] = {}
     at, apart = 0, 0
-    while at < words.size and len(flips) <= FEW_KINDS:
-        for kind in _kinds(words[at : at + compiled.PART]):
+    while at < words.size:
+        part = words[at : at + compiled.PART]
+        for kind in _kinds(part if meant is None else part * meant[at : at + compiled.PART]):
             spte, yes = visit(kind)
             flips[kind] = spte ^ kind | compiled.KNOWN | compiled.TRUE * yes
         few = [*flips] + [*flips][-1:] * (-len(flips) % 4)  # so that few lengths are compiled
         kinds, marks = (tuple(np.uint64(bits) for bits in row) for row in (few, [flips[kind] for kind in few]))
-        at, found = compiled.by_kind()(words, said.view(np.uint8), at, kinds, marks, *MASKS)
+        at, found = compiled.by_kind()(words, said.view(np.uint8), meant, at, kinds, marks, *MASKS)
         apart |= int(found)
-    _by_kind(visit, words[at:], [words[at:], said[at:]])
-    return Rewritten(said, at == words.size and not apart & SPTE_BASE_ADDR_MASK)
+        if len(flips) > FEW_KINDS:
+            flips.clear()
+    return Rewritten(said, not apart & SPTE_BASE_ADDR_MASK)
 
 
 @functools.cache
 def _room(size: int) -> np.ndarray:
     """An array to use again and again: fresh memory costs more than the work."""
     return np.empty(size, bool)
-
-
-def in_a_row(words: np.ndarray) -> bool:
-    """Whether the addresses in them follow each other, page by page."""
-    return words.size > FEW_WORDS and not _differ(words - _addresses(words.size)) & SPTE_BASE_ADDR_MASK
 
 
 @functools.cache

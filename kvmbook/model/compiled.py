@@ -1,7 +1,7 @@
 """Loops over an array of SPTEs, compiled by numba: over a helper's own source, and by kind, see `arrays`.
 
-Of a helper of `SpteFormat` two functions are made of it, one with the answers and one that says whether the assertions hold: a loop that could raise in
-the middle would not be fast. If they do not hold for some word, the helper itself is run on it, and raises.
+Of a helper two functions are made, one with the answers and one that says whether the assertions hold: a loop that could
+raise in the middle would not be fast. If they do not hold for some word, the helper itself is run on it, and raises.
 """
 
 from __future__ import annotations
@@ -72,39 +72,50 @@ def by_kind() -> Callable[..., tuple[int, int]]:
     return compiled
 
 
-def _flip(words, said, start, kinds, flips, flags, known, true, page):  # type: ignore[no-untyped-def]
-    """``kinds`` and ``flips``, tuples of the same length: of SPTEs of a kind, what is to be flipped, with marks. ``said`` gets
-    the mark TRUE. Returns where it stopped, at a part with a kind that is not among them or behind the last word, and the bits
-    in which words differ from a row of pages."""
-    marked, apart = np.empty(PART, np.uint64), known ^ known
+def _flip(words, said, meant, start, kinds, flips, flags, known, true, page):  # type: ignore[no-untyped-def]
+    """``kinds`` and ``flips``, tuples of one length: of SPTEs of a kind, what is to be flipped, with marks. ``said`` gets the
+    mark TRUE. ``meant``: None, or 1 for each word that is meant and 0 for others, which count as kind 0. Returns where it
+    stopped, at a part with a kind that is not among them or behind the last word, and the bits in which addresses differ from
+    a row of pages."""
+    kind, marked, apart, zero = np.empty(PART, np.uint64), np.empty(PART, np.uint64), known ^ known, known ^ known
     for at in range(start, words.size, PART):
-        part, to, differ = words[at : at + PART], said[at : at + PART], known ^ known
+        part, to, differ = words[at : at + PART], said[at : at + PART], zero
         for i in range(part.size):
             differ |= part[i] ^ (part[0] + np.uint64(i) * page)
         apart |= differ | (part[0] ^ (words[0] + np.uint64(at) * page))
-        if differ & flags == 0:
-            one = known ^ known
+        differ, kind[0] = differ & flags, part[0] & flags
+        if meant is not None:
+            differ = zero
+            for i in range(part.size):
+                kind[i] = part[i] & (flags * np.uint64(meant[at + i]))
+                differ |= kind[i] ^ kind[0]
+        elif differ != 0:
+            for i in range(part.size):
+                kind[i] = part[i] & flags
+        one, all_known = zero, known
+        if differ == 0:
             for k in range(len(kinds)):
-                one |= flips[k] if part[0] & flags == kinds[k] else known ^ known
-            if one & known == 0:
-                return at, apart
-            for i in range(part.size):
-                part[i] ^= one & flags
-            to[:] = one & true != 0
+                one |= flips[k] if kind[0] == kinds[k] else zero
+            all_known = one & known
         else:
-            all_known = known
             for i in range(part.size):
-                mark = known ^ known
+                mark = zero
                 for k in range(len(kinds)):
-                    mark |= flips[k] if part[i] & flags == kinds[k] else known ^ known
+                    mark |= flips[k] if kind[i] == kinds[k] else zero
                 marked[i] = mark
                 all_known &= mark
-            if all_known == 0:
-                return at, apart
+        if all_known == 0:
+            return at, apart
+        if differ != 0:
             for i in range(part.size):
                 part[i] ^= marked[i] & flags
             for i in range(part.size):
                 to[i] = marked[i] & true != 0
+        else:
+            to[:] = one & true != 0
+            if one & flags != 0:
+                for i in range(part.size):
+                    part[i] ^= one & flags
     return words.size, apart
 
 

@@ -30,7 +30,8 @@ class DirtyLogOperation(Operation):
     bit was taken. *The flush depends on the bitmap, never on whether an SPTE changed.*
 
     ``words``: the numbers of the bitmap's words that are still to take. ``taken``: the bits that were taken, as words from
-    word ``first`` on; ``mask``: those of the last step, from word ``offset`` on. ``flushes_early``: before mmu_lock is let go.
+    word ``first`` on; ``mask``: those of the last step, from word ``offset`` on. ``flushes_early``: before mmu_lock is let
+    go.
     """
 
     last_step: ClassVar[str]

@@ -14,7 +14,7 @@ USER_BASE = 0x7F00_0000_0000  # where user space puts guest memory unless told o
 USER_PAGES = 1 << 35  # a 47-bit user address space
 FIRST_PFN = 0x40000  # the frame behind USER_BASE, 1G-aligned as well
 FRESH_PFN = 1 << 36  # frames for pages that the host moved
-SHELF, FEW_FRAMES = 1 << 18, 1 << 12
+SHELF, FEW_FRAMES = 1 << 18, 512
 
 
 class HostPage(NamedTuple):
@@ -72,8 +72,9 @@ class Frames(MutableSet[int]):
             for frame in frames.tolist():
                 self.add(frame)
         else:
-            for number in np.unique(frames // SHELF).tolist():
-                self._shelf(number)[frames[frames // SHELF == number] % SHELF] = True
+            numbers = frames // SHELF
+            for number in np.unique(numbers).tolist() if np.ptp(numbers) else [int(numbers[0])]:
+                self._shelf(number)[frames[numbers == number] % SHELF] = True
 
     def _shelf(self, number: int) -> np.ndarray:
         """The array with that number; what was added one by one moves there."""

@@ -322,7 +322,7 @@ class Machine:
         return asked
 
     def update_words(self, words: np.ndarray, level: int, rule: Rule, where: np.ndarray | None = None) -> bool:
-        """The same for entries that lie beside each other, in place, or (a bool array) for those that are meant."""
+        """The same for entries that lie beside each other, in place; all, or (a bool array) those that are meant."""
         asked = False
 
         def visit(old: int) -> Visit:
@@ -334,12 +334,11 @@ class Machine:
             return Visit(new, self._stops_being_dirty(old, new))
 
         was_dirty, in_a_row = rewrite(visit, words, where)
-        if not was_dirty.any():
-            return asked
-        if words.size > FEW_FRAMES and in_a_row:
+        if was_dirty.any() and in_a_row and words.size > FEW_FRAMES:
             self.host.dirty.add_run(self.fmt.spte_to_pfn(int(words[0])), was_dirty)
-        else:
-            self.host.dirty.add_each(self.fmt.spte_to_pfn(words[was_dirty]))
+        elif was_dirty.any():
+            frames: Any = words[was_dirty]
+            self.host.dirty.add_each(np.asarray(self.fmt.spte_to_pfn(frames)))
         return asked
 
     def any_leaf(self, side: bool, start: int, end: int, asks: Callable[[int], bool]) -> bool:
@@ -427,7 +426,7 @@ class Machine:
         if (told := self.told.get(slot.number)) is None:
             return np.zeros_like(taken)
         here = told[first : first + taken.size]
-        known = here & taken
+        known: np.ndarray = here & taken
         here &= ~taken
         return known
 

@@ -260,8 +260,8 @@ class PageTables:
     def leaves(
         self, side: bool, start: int, end: int, levels: tuple[int, int] = LEVELS
     ) -> Iterator[tuple[PageTable, np.ndarray]]:
-        """Yield, for each table of one side with present leaves over gfns of [start, end), at these levels: the table, and the
-        indices of those leaves."""
+        """Yield, for each table of one side with present leaves over gfns of [start, end), at these levels: the table, and
+        the indices of those leaves."""
         for run, first, words in self.stretches(side, start, end, levels):
             for row in range(first // SPTES_PER_TABLE, -(-(first + words.size) // SPTES_PER_TABLE)):
                 begin = max(first - row * SPTES_PER_TABLE, 0)
