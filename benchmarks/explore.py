@@ -4,7 +4,8 @@
 SPIN gets a generated model with tables in C (`benchmarks.promela`) and the options that were fastest. All sides are one
 thread. Times are medians; a side whose first run takes more than a minute runs once. Ratios are of CPU times, which other
 work on the machine disturbs less; on an idle one they are the same. Memory is the peak of the process, for ours with the
-interpreter and numpy.
+interpreter and numpy, and numba where the loops are compiled. `python -m benchmarks.explore 0 1` has the first two
+instances only, which takes less than a minute.
 """
 
 from __future__ import annotations
@@ -15,27 +16,34 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.promela import BREADTH_FIRST, FAST, Measured, Verifier, measured, missing
 from kvmbook import FlushPolicy, Hardware, Kernel
+from kvmbook.model import numba_is_there
 from kvmbook.search import (
     AnyNumber,
     Cells,
     Grain,
+    PageSteps,
+    Pagewise,
+    Pairs,
     Search,
     Space,
     count_any_size,
     count_states,
+    explore,
     plain_search,
+    search_pagewise,
     smallest_vm,
     space_of,
 )
 
 ROOT = Path(__file__).parent.parent
 ONCE = 60.0  # seconds
+FEW_STATES, SMALL = 2000, 1 << 17  # what `explore` visits one by one before it makes tables; what it needs no numba for
 EPT, NPT = Hardware.ept(ad_bits=False), Hardware.npt()
 Instance = tuple[Hardware, Kernel, int, int, Grain]
 INSTANCES: list[tuple[str, Instance, bool, int]] = [  # whether a write is lost, and the number of rounds
@@ -48,14 +56,16 @@ INSTANCES: list[tuple[str, Instance, bool, int]] = [  # whether a write is lost,
 PLAIN_ON = 1  # so many of them are small enough for the plain search
 SEED = (
     "import kvmbook; from kvmbook.search import explore; "
-    "print(explore(kvmbook.Hardware.ept(ad_bits=False), kvmbook.Kernel.v5_19))"
+    "print(explore(kvmbook.Hardware.ept(ad_bits=False), kvmbook.Kernel.v5_19, whole=False))"
 )
 
 
 @dataclass(frozen=True)
 class Found:
     """What one side found, None where it did not look, and what it took. ``steps``: of the shortest run that loses a
-    write, 0 if there is none. ``extra``: seconds for what must be there before it can begin."""
+    write, 0 if there is none. ``extra``: CPU seconds for what must be there before it can begin: tables, or a compiled
+    model; ``loading``: for numba and the loops that it keeps compiled; ``asked``: of all that somebody waits for who asks
+    `explore` in a process where nothing was asked before."""
 
     seconds: float
     cpu: float
@@ -65,65 +75,87 @@ class Found:
     safe: bool | None = None
     depth: int | None = None
     steps: int | None = None
+    loading: float = 0.0
+    asked: float = 0.0
 
 
 # ---- our sides, each in a child process ------------------------------------------------------------------------------
 
 
-def plain(space: Callable[[], Space], instance: Instance) -> dict[str, float | None]:
+class Watch:
+    """Seconds and CPU seconds since it was made, or since it was last read."""
+
+    def __init__(self) -> None:
+        self.then = time.perf_counter(), time.process_time()
+
+    def read(self) -> tuple[float, float]:
+        now = time.perf_counter(), time.process_time()
+        passed, self.then = (now[0] - self.then[0], now[1] - self.then[1]), now
+        return passed
+
+
+def plain(instance: Instance) -> dict[str, float | None]:
     hardware, kernel, pages, vcpus, grain = instance
-    start, cpu = time.perf_counter(), time.process_time()
+    watch = Watch()
     reach = plain_search(smallest_vm(hardware, kernel, pages, vcpus, grain), grain)
-    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-    steps = len(reach.trace or ())
-    return {
-        "seconds": seconds,
-        "cpu": cpu,
-        "extra": 0.0,
-        "states": reach.states,
-        "safe": reach.trace is None,
-        "depth": reach.depth,
-        "steps": steps,
-    }
+    seconds, cpu = watch.read()
+    told = {"states": reach.states, "safe": reach.trace is None, "depth": reach.depth, "steps": len(reach.trace or ())}
+    return {"seconds": seconds, "cpu": cpu, "extra": 0.0, **told}
 
 
-def search(space: Callable[[], Space], instance: Instance) -> dict[str, float | None]:
-    start = time.perf_counter()
-    made = Search(space())
-    ready, cpu = time.perf_counter(), time.process_time()
+def search(instance: Instance) -> dict[str, float | None]:
+    watch = Watch()
+    made = Search(space_of(*instance))
+    _, extra = watch.read()
+    load(made)
+    _, loading = watch.read()
     made.run()
     trace = made.shortest_loss()
-    seconds, cpu = time.perf_counter() - ready, time.process_time() - cpu
-    return {
-        "seconds": seconds,
-        "cpu": cpu,
-        "extra": ready - start,
-        "states": made.states,
-        "safe": trace is None,
-        "depth": made.depth,
-        "steps": len(trace or ()),
-    }
+    seconds, cpu = watch.read()
+    told = {"states": made.states, "safe": trace is None, "depth": made.depth, "steps": len(trace or ())}
+    return {"seconds": seconds, "cpu": cpu, "extra": extra, "loading": loading, **told}
 
 
-def products(space: Callable[[], Space], instance: Instance) -> dict[str, float | None]:
-    start = time.perf_counter()
-    made = space()
-    ready, cpu = time.perf_counter(), time.process_time()
+def load(made: Search) -> None:
+    """Have its loops compiled, or what was compiled before read from disk, unless it is too small for them."""
+    if made.space.bound >= SMALL and numba_is_there():
+        made.load()
+
+
+def loss(instance: Instance) -> dict[str, float | None]:
+    """The search that stops: asked for in a new process; and alone, when all that it needs is there."""
+    watch = Watch()
+    result = explore(*instance, whole=False)
+    _, asked = watch.read()
+    steps = PageSteps(Cells(*instance[:3], instance[4]), instance[3])
+    vm = Pagewise(steps)
+    if search_pagewise(vm, FEW_STATES) is not None:
+        _, extra = watch.read()
+        search_pagewise(vm, FEW_STATES)
+    else:
+        made = Search(Space(Pairs(steps)))
+        load(made)
+        _, extra = watch.read()
+        made.run(whole=False)
+        made.shortest_loss()
+    seconds, cpu = watch.read()
+    told = {"safe": result.safe, "steps": len(result.trace or ())}
+    return {"seconds": seconds, "cpu": cpu, "extra": extra, "asked": asked, **told}
+
+
+def products(instance: Instance) -> dict[str, float | None]:
+    watch = Watch()
+    made = space_of(*instance)
+    _, extra = watch.read()
     count = count_states(made)
-    return {
-        "seconds": time.perf_counter() - ready,
-        "cpu": time.process_time() - cpu,
-        "extra": ready - start,
-        "states": count.states,
-        "safe": count.safe,
-    }
+    seconds, cpu = watch.read()
+    return {"seconds": seconds, "cpu": cpu, "extra": extra, "states": count.states, "safe": count.safe}
 
 
 def child(name: str, number: int) -> None:
     """What a child process does: one side on one instance, its findings as JSON."""
-    instance = INSTANCES[number][1]
-    sides = {"plain": plain, "search": search, "products": products}
-    print(json.dumps(sides[name](lambda: space_of(*instance), instance)))
+    sides = {"plain": plain, "search": search, "loss": loss, "products": products}
+    print(json.dumps(sides[name](INSTANCES[number][1])))
 
 
 def ours(name: str, number: int) -> Found:
@@ -173,34 +205,54 @@ def agree(found: dict[str, list[Found]]) -> None:
         assert len(said) <= 1, f"{what}: {said}"
 
 
-ROWS = [  # side, with what must be there before it can begin, task, compared with, remark
-    ("spin_count", False, "count, verdict: SPIN, depth first", "spin_count", "visits states one by one, hash table"),
-    ("spin_count", True, "  with writing and compiling it", "spin_count", ""),
-    ("products", False, "count, verdict: products", "spin_count", "pages are independent: visits no states"),
-    ("products", True, "  with the tables", "spin_count", ""),
-    ("search", False, "count, verdict: Search", "spin_count", "does the whole search below"),
-    ("spin_levels", False, "depth: SPIN, -DBFS", "spin_levels", ""),
-    ("spin_trail", False, "shortest run only: SPIN, -DBFS", "spin_trail", "stops at the first loss"),
-    ("search", False, "depth, shortest run: Search", "spin_levels", "a state is a number: one byte each, gathers"),
-    ("search", True, "  with the tables", "spin_levels", ""),
-    ("search", False, "shortest run only: Search", "spin_trail", "does not stop early: the same search"),
-    ("plain", False, "depth, shortest run: plain search", "spin_levels", "copies and steps whole VMs"),
+Cost = Callable[[Found], tuple[float, float]]  # seconds, or 0 where only CPU time is told; and CPU seconds
+
+
+def alone(run: Found) -> tuple[float, float]:
+    return run.seconds, run.cpu
+
+
+def with_tables(run: Found) -> tuple[float, float]:
+    return run.seconds + run.extra, run.cpu + run.extra
+
+
+def with_loading(run: Found) -> tuple[float, float]:
+    return run.seconds + run.extra + run.loading, run.cpu + run.extra + run.loading
+
+
+def all_of_it(run: Found) -> tuple[float, float]:
+    return run.asked, run.asked
+
+
+ROWS: list[tuple[str, Cost, str, str, str]] = [  # side, what is counted, task, compared with, remark
+    ("spin_count", alone, "count, verdict: SPIN, depth first", "spin_count", "visits states one by one, hash table"),
+    ("spin_count", with_tables, "  with writing and compiling it", "spin_count", ""),
+    ("products", alone, "count, verdict: products", "spin_count", "pages are independent: visits no states"),
+    ("products", with_tables, "  with the tables", "spin_count", ""),
+    ("search", alone, "count, verdict: Search", "spin_count", "does the whole search below"),
+    ("spin_levels", alone, "depth: SPIN, -DBFS", "spin_levels", ""),
+    ("search", alone, "depth, shortest run: Search", "spin_levels", "a state is a number: one byte each"),
+    ("search", with_tables, "  with the tables", "spin_levels", ""),
+    ("search", with_loading, "  and with loading numba's loops", "spin_levels", ""),
+    ("plain", alone, "depth, shortest run: plain search", "spin_levels", "copies and steps whole VMs"),
+    ("spin_trail", alone, "shortest run only: SPIN, -DBFS", "spin_trail", "stops at the first loss"),
+    ("loss", alone, "shortest run only: kvmbook", "spin_trail", "ends the level in which the loss lies"),
+    ("loss", all_of_it, "  asked in a new process", "spin_trail", "runs the model, makes the tables, loads loops"),
 ]
 
 
 def table(found: dict[str, list[Found]]) -> None:
     states = next(run.states for runs in found.values() for run in runs if run.states is not None)
     print(f"  {'':36}{'runs':>4}{'seconds':>10}{'CPU s':>8}{'states/s':>14}{'x SPIN':>9}{'MiB':>7}{'B/state':>9}")
-    for side, whole, task, against, remark in ROWS:
-        if side in found and (against != "spin_trail" or not found["search"][0].safe):
+    for side, cost, task, against, remark in ROWS:
+        if side in found and (cost is not with_loading or found[side][0].loading > 0.01):
             runs = found[side]
-            seconds = statistics.median(run.seconds + whole * run.extra for run in runs)
-            cpu = statistics.median(run.cpu + whole * run.extra for run in runs)
+            seconds, cpu = (statistics.median(column) for column in zip(*map(cost, runs), strict=True))
             spin = statistics.median(run.cpu for run in found[against]) if against in found else None
             ratio = "-" if spin is None else f"{spin / cpu:.3g}"
-            rate = f"{states / seconds:,.0f}" if "only: SPIN" not in task else "-"
+            rate = "-" if against == "spin_trail" else f"{states / seconds:,.0f}"
             peak = max(run.peak_bytes for run in runs)
-            memory = "" if whole else f"{peak / 2**20:7,.0f}{peak / states:9,.1f}"
+            memory = f"{peak / 2**20:7,.0f}{peak / states:9,.1f}" if cost is alone else ""
             print(
                 f"  {task:36}{len(runs):4}{seconds:10.3g}{cpu:8.3g}{rate:>14}{ratio:>9}{memory:16}  {remark}".rstrip()
             )
@@ -210,6 +262,8 @@ def one_instance(number: int, with_spin: bool) -> None:
     name, instance, loses, rounds = INSTANCES[number]
     sides: Sides = {"search": lambda: ours("search", number)}
     sides["products"] = lambda: ours("products", number)
+    if loses:
+        sides["loss"] = lambda: ours("loss", number)
     if number < PLAIN_ON:
         sides["plain"] = lambda: ours("plain", number)
     with tempfile.TemporaryDirectory() as directory:
@@ -278,18 +332,20 @@ def seed() -> Measured:
     return measured([sys.executable, "-c", SEED], ROOT)
 
 
-def main() -> None:
+def main(numbers: Sequence[int] = ()) -> None:
+    """All tables, or those of these instances."""
     lacks = missing()
     print("Every interleaving of a small VM, against the model checker SPIN.")
     print(f"SPIN is left out, {lacks}" if lacks else f"SPIN compiled with {' '.join(FAST)}, or {BREADTH_FIRST[-1]} too")
     print(f"on one of {os.cpu_count()} cores; x SPIN: SPIN's CPU time at the same task as a multiple of this side's")
-    for number in range(len(INSTANCES)):
+    for number in numbers or range(len(INSTANCES)):
         one_instance(number, with_spin=not lacks)
-    beyond()
-    runs = [seed() for _ in range(5)]
-    seconds = statistics.median(run.seconds for run in runs)
-    print(f"\nwhole process, from `import kvmbook` to the printed trace of the seed: {seconds:.2f} s, median of 5")
+    if not numbers:
+        beyond()
+        runs = [seed() for _ in range(5)]
+        seconds = statistics.median(run.seconds for run in runs)
+        print(f"\nwhole process, from `import kvmbook` to the printed trace of the seed: {seconds:.2f} s, median of 5")
 
 
 if __name__ == "__main__":
-    main()
+    main([int(number) for number in sys.argv[1:]])

@@ -24,9 +24,11 @@ WINGS = {
         "__main__",
     ],
     "search": [
-        "schedule", "playing", "selftest", "recorder", "cells", "tables", "pagewise", "space", "levels", "explore", "products", "anynumber",
-        "flush_rules", "configurations", "userspace", "known_faults", "litmus", "random_runs", "hunt", "cast", "museum",
-        "sweep", "__main__",
+        "schedule", "playing", "selftest", "recorder", "cells", "tables", "pagewise", "space", "levels", "explore",
+        "products", "anynumber", "flush_rules", "configurations", "userspace", "known_faults", "litmus",
+        "random_runs", "hunt", "cast", "museum", "sweep", "__main__", "schedule", "playing", "selftest", "recorder",
+        "cells", "tables", "pagewise", "space", "levels", "explore", "products", "anynumber", "flush_rules",
+        "configurations", "userspace", "known_faults", "litmus", "random_runs", "hunt", "cast", "museum", "__main__",
     ],
     "scenes": [
         "enabling", "ageing", "faulting", "slots", "writes", "words", "decoding", "remembering", "reasons",

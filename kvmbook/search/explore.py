@@ -23,7 +23,7 @@ from kvmbook.search.selftest import c_program
 from kvmbook.search.space import MOST_STATES, Space, space_of
 from kvmbook.search.tables import EXIT, PageSteps, Pairs
 
-UNSEEN = 255
+UNSEEN, GOAL = 255, 254  # no levels
 CHUNK = 1 << 16  # states handled at once: what they gather stays in the cache
 SCAN = 1 << 24  # bytes looked through at once
 FEW_STATES = 2000  # so many are sooner visited one by one than numbered
@@ -132,7 +132,13 @@ class Search:
         self.pages = self._steps_of_pages()
         self.vm = self._steps_of_all()
         self.near, self.far = self._columns()
-        self.levels = Levels(space, self.pages, self.vm) if pays(space) else None
+        self.levels: Levels | None = None
+        if pays(space):
+            self.load()
+
+    def load(self) -> None:
+        """Have the search run by compiled loops, which are compiled, or read from disk, now."""
+        self.levels = Levels(self.space, self.pages, self.vm)
 
     # ---- tables to gather from --------------------------------------------------------------------------------------
 
@@ -294,8 +300,8 @@ class Search:
         """The states that are first met from these, in ascending order, so that gathers go through memory in order too."""
         level, number, count = self.level, self.depth + 1, 0
         met: list[np.ndarray] = []
-        if number == UNSEEN:
-            raise ValueError(f"a run of {UNSEEN} steps: one byte is too small for the level of a state")
+        if number == GOAL:
+            raise ValueError(f"a run of {GOAL} steps: one byte is too small for the level of a state")
         for begin in range(0, frontier.size, CHUNK):
             for new in self._mark(frontier[begin : begin + CHUNK], number):
                 count += new.size
@@ -327,12 +333,14 @@ class Search:
         counted, goals = self.transitions, self._first_lost()
         if not goals.size:
             return None
-        length = int(self.level[goals[0]])
         good = [goals]  # from the end to the start: the states on some shortest run
-        for number in range(length - 1, -1, -1):
+        for number in range(int(self.level[goals[0]]) - 1, -1, -1):
             states = np.flatnonzero(self.level == number)
+            self.level[good[-1]] = GOAL
             parts = [states[begin : begin + CHUNK] for begin in range(0, states.size, CHUNK)]
-            good.append(np.concatenate([part.compress(self._lead_to(good[-1], part, number + 1)) for part in parts]))
+            leads = np.concatenate([self._lead_to_goals(part) for part in parts])
+            self.level[good[-1]] = number + 1
+            good.append(states.compress(leads))
         self.transitions = counted
         trace, here = [], int(good.pop()[0])
         for goal in reversed(good):
@@ -340,21 +348,16 @@ class Search:
             trace.append(action)
         return tuple(trace)
 
-    def _lead_to(self, goals: np.ndarray, states: np.ndarray, number: int) -> np.ndarray:
-        """Which of ``states`` have one of the ``goals``, all of one level, among their successors."""
-
-        def hits(after: np.ndarray) -> np.ndarray:
-            found: np.ndarray = self.level.take(after) == number
-            found[found] = np.isin(after.compress(found), goals)
-            return found
-
+    def _lead_to_goals(self, states: np.ndarray) -> np.ndarray:
+        """Whether one step can make of each of these, in ascending order, a state whose level is GOAL."""
         leads = np.zeros(states.size, bool)
         if self.levels is not None:
             for where, after, ends, _ in self.levels.successors(states):
-                leads[where] = np.diff(np.cumsum(hits(after)).take(ends - 1), prepend=0) > 0
+                goals = np.concatenate([[0], np.cumsum(self.level.take(after) == GOAL)])
+                leads[where] = np.diff(goals.take(ends), prepend=0) > 0
         else:
             for which, after in self.successors(states):
-                leads[which] |= hits(after)
+                leads[which] |= self.level.take(after) == GOAL
         return leads
 
     def _first_lost(self) -> np.ndarray:

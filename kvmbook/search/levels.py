@@ -20,13 +20,20 @@ from kvmbook.model import numba_is_there
 from kvmbook.search.space import Space
 from kvmbook.search.tables import EXIT
 
-LARGE = 1 << 23  # numbers of a space from which on compiling pays
+LARGE, SMALL = (
+    1 << 23,
+    1 << 17,
+)  # numbers of a space from which on the loops pay: if they must be compiled, if they are there
 CHUNK = 1 << 13  # states handled at once: what they lead to stays in the cache
 
 
+_loaded: set[int] = set()  # for so many pages they are there
+
+
 def pays(space: Space) -> bool:
-    """Whether the compiled loops serve the search of this space. Compiling takes two seconds, once on a machine."""
-    return space.bound >= LARGE and numba_is_there()
+    """Whether the compiled loops are to serve the search of this space. To compile them takes two seconds, to read them from
+    disk, numba with them, half a second."""
+    return space.bound >= (SMALL if space.pages in _loaded else LARGE) and numba_is_there()
 
 
 class PageTables(NamedTuple):
@@ -71,6 +78,9 @@ class Levels:
         most = np.diff(quiet[0].astype(int)).max(initial=0) + np.diff(loud[0].astype(int)).max(initial=0)
         self.most = int(most) * space.pages + vm.may_exit.shape[1] + len(vm.user)  # steps of one state
         self.out, self.ends = np.empty(CHUNK * self.most, np.uint32), np.empty(CHUNK, np.uint32)
+        for _, after, _, _ in self.successors(np.zeros(1, np.int64)):
+            self.mark(after, np.zeros(space.bound, np.uint8), 0)
+        _loaded.add(space.pages)
 
     def successors(self, states: np.ndarray) -> Iterator[tuple[slice, np.ndarray, np.ndarray, int]]:
         """Of each chunk of ``states`` (ascending): where it is; what one step makes of them; where the successors of each

@@ -39,6 +39,7 @@ class Pagewise:
         self._users: dict[int, list[Action]] = {}
         self._after_user: dict[tuple[int, int, Action], tuple[bool, Control, Page]] = {}
         self._lost: dict[int, bool] = {}
+        self._of_one_page: dict[State, list[State]] = {}
         exits = [Action(f"vCPU{v}", "exits") for v in range(steps.vcpus)] if "exits" not in self.cells.without else []
         self.exits = [(action, 1 << v, EXIT + v) for v, action in enumerate(exits)]
         self.start = (self.number(self.cells.start, (0,) * (steps.vcpus + 1)),) * (pages or self.cells.pages)
@@ -58,6 +59,15 @@ class Pagewise:
             if pair not in self._lost:
                 self._lost[pair] = self.tables.lost(*self.pairs[pair])
         return any(self._lost[pair] for pair in state)
+
+    def successors(self, state: State) -> list[State]:
+        """Where the steps possible in one state lead, in the order of `actions`."""
+        if state in self._of_one_page:
+            return self._of_one_page[state]
+        found = [to for _, _, to in self.moves(state)] + [to for _, to in self.user_space(state)]
+        if len(state) == 1:  # nothing goes on elsewhere, so this is as much a table as any
+            self._of_one_page[state] = found
+        return found
 
     def actions(self, state: State) -> list[tuple[Action, State]]:
         """The steps possible in one state, and where they lead: vCPUs first, then KVM for them, the host, user space."""
@@ -139,7 +149,7 @@ def search_pagewise(vm: Pagewise, max_states: int) -> Reach | None:
             return Reach(len(met), transitions, depth, _trace(vm, came_from, loss))
         following: list[State] = []
         for state in level:
-            after = [to for _, _, to in vm.moves(state)] + [to for _, to in vm.user_space(state)]
+            after = vm.successors(state)
             transitions += len(after)
             for to in after:
                 if to not in met:

@@ -26,6 +26,7 @@ def compiled(monkeypatch):
     """Compiled loops for small spaces too."""
     assert room.numba_is_there(), "numba is missing; the extra `test` has it"
     monkeypatch.setattr(room, "LARGE", 0)
+    monkeypatch.setattr(room, "SMALL", 0)
     monkeypatch.setattr(room, "CHUNK", 100)  # so that there are several
 
 
@@ -56,8 +57,19 @@ def test_compiled_loops_stop_at_the_same_loss(case, compiled, monkeypatch):
     assert fast == explore(*instance(case), whole=False)
 
 
-def test_small_spaces_are_not_worth_the_compiler():
-    assert Search(space_of(*instance("two of both"))).levels is None
+def test_small_spaces_are_not_worth_the_compiler_but_what_is_there_serves(monkeypatch):
+    space = space_of(*instance("two of both"))
+    assert room.SMALL < space.bound < room.LARGE
+    monkeypatch.setattr(room, "_loaded", set())
+    assert Search(space).levels is None
+    Search(space).load()
+    assert Search(space).levels is not None
+
+
+def test_states_without_a_way_on_are_no_trouble(compiled):
+    choices = ("reads", "writes", "enables", "ages", "ages and flushes")
+    result = explore(HARDWARE["npt"], Kernel.v6_0, grain=Grain.ACCESS, without=choices)
+    assert (result.states, result.transitions, result.depth) == (1, 0, 0)
 
 
 def test_compiled_loops_serve_where_nothing_can_be_kept_on_disk(monkeypatch):
