@@ -26,9 +26,7 @@ WINGS = {
     "search": [
         "schedule", "playing", "selftest", "recorder", "cells", "tables", "pagewise", "space", "levels", "explore",
         "products", "anynumber", "flush_rules", "configurations", "userspace", "known_faults", "litmus",
-        "random_runs", "hunt", "cast", "museum", "sweep", "__main__", "schedule", "playing", "selftest", "recorder",
-        "cells", "tables", "pagewise", "space", "levels", "explore", "products", "anynumber", "flush_rules",
-        "configurations", "userspace", "known_faults", "litmus", "random_runs", "hunt", "cast", "museum", "__main__",
+        "random_runs", "hunt", "cast", "museum", "sweep", "__main__",
     ],
     "scenes": [
         "enabling", "ageing", "faulting", "slots", "writes", "words", "decoding", "remembering", "reasons",
