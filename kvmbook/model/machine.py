@@ -24,7 +24,6 @@ from kvmbook.model.page_tables import LEVELS, PageTables, Root, Sptep, Stretch
 from kvmbook.model.spte import SpteFormat
 from kvmbook.model.tlb import Tlb, TlbEntry
 
-AT_ONCE = 1 << 18  # SPTEs that a pass works at a time
 Rule = Callable[[int], Any]  # a helper of SpteFormat: an SPTE to a named tuple of the new one and an answer
 StepFunction = TypeVar("StepFunction", bound=Callable[..., str | None])
 
@@ -312,12 +311,10 @@ class Machine:
         Source: mmu/mmu.c: slot_handle_level(), slot_handle_level_4k(), v5.19."""
         asked = False
         for stretch in self.page_tables.stretches(side, start, end, levels):
-            for at in range(0, stretch.words.size, AT_ONCE):
-                words, where = stretch.words[at : at + AT_ONCE], None
-                if only is not None:
-                    where = bits_between(only, stretch.gfn - start + at, words.size)
-                    if where is None:
-                        continue
+            words, where = stretch.words, None
+            if only is not None:
+                where = bits_between(only, stretch.gfn - start, words.size)
+            if only is None or where is not None:
                 asked |= self.update_words(words, stretch.table.level, rule, where)
         return asked
 

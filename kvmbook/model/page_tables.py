@@ -28,6 +28,7 @@ from kvmbook.model.spte import (
 FIRST_TABLE_PFN = 1 << 37
 RMAPS, TDP = False, True  # the two sides; `Root.tdp_mmu` says which
 LEVELS = PG_LEVEL_4K, KVM_MAX_HUGEPAGE_LEVEL
+AT_ONCE = 1 << 18  # SPTEs that a pass works at a time
 
 
 @dataclass(frozen=True)
@@ -254,8 +255,9 @@ class PageTables:
             if table.root.tdp_mmu is side and levels[0] <= table.level <= levels[1]:
                 words = table.rows.reshape(-1)
                 first, last = max(table.index(start), 0), -(-(end - table.base_gfn) // pages_per_level(table.level))
-                if first < min(last, words.size):
-                    yield Stretch(table, first, words[first : max(last, 0)])
+                last = min(last, words.size)
+                for at in range(first, last, AT_ONCE):
+                    yield Stretch(table, at, words[at : min(at + AT_ONCE, last)])
 
     def leaves(
         self, side: bool, start: int, end: int, levels: tuple[int, int] = LEVELS
