@@ -194,20 +194,21 @@ class Search:
         images = [place if what == 0 else space.place[pairs.everywhere[what]] for what in (0, *pairs.effects)]
         everywhere = np.array(images)[:, space.order]
         may_exit = np.array([[space.may_exit(s, v) for v in range(pairs.vcpus)] for s in space.situations])
-        user: list[tuple[np.ndarray, np.ndarray]] = []
-        for nth in range(max(map(len, pairs.users.values()))):
-            to = np.full((2, len(pairs.numbers), len(space.place)), -1)
-            speaks = np.zeros((len(pairs.numbers), len(space.place)), bool)
-            for steps in pairs.users.values():
-                for which, becomes in enumerate(steps[nth].becomes if nth < len(steps) else ()):
-                    for pair, (page, says) in becomes.items():
+        steps_of_user = max(map(len, pairs.users.values()))
+        becomes = np.full((steps_of_user, 2, len(pairs.numbers), len(place)), -1)
+        speaks = np.zeros((steps_of_user, len(pairs.numbers), len(place)), bool)
+        for users in pairs.users.values():
+            for nth, user in enumerate(users):
+                for which, table in enumerate(user.becomes):
+                    for pair, (page, says) in table.items():
                         here = place[pair]
-                        speaks[which, here] = says
-                        for column, control in enumerate((steps[nth].silent, steps[nth].spoken)):
+                        speaks[nth, which, here] = says
+                        for column, control in enumerate((user.silent, user.spoken)):
                             if control is not None and not (says and column == 0):
-                                to[column, which, here] = place[pairs.number[control, page]]
-            user.append((to, speaks))
-        return VmTables(everywhere, may_exit, user, np.array([len(space.users(s)) for s in space.situations]))
+                                becomes[nth, column, which, here] = place[pairs.number[control, page]]
+        return VmTables(
+            everywhere, may_exit, becomes, speaks, np.array([len(space.users(s)) for s in space.situations])
+        )
 
     # ---- one level --------------------------------------------------------------------------------------------------
 
@@ -272,7 +273,7 @@ class Search:
         """All pages change at once; where to depends on whether one of them speaks."""
         possible = self.vm.user_steps.take(situation)
         self.transitions += int(possible.sum())
-        for nth, (to, speaks) in enumerate(self.vm.user):
+        for nth, (to, speaks) in enumerate(zip(self.vm.becomes, self.vm.speaks, strict=True)):
             which = np.flatnonzero(possible > nth)
             here = [pair.take(which) for pair in pairs]
             spoken = np.zeros(which.size, int)

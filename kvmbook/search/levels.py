@@ -52,12 +52,14 @@ class PageTables(NamedTuple):
 
 class VmTables(NamedTuple):
     """The steps of all pages at once. ``everywhere[what]``: the pair that a flush or an exit makes of each, itself for 0;
-    ``may_exit[s, v]``; for the first, second, ... step of user space ``user[nth]``: what each pair becomes, in the silent
-    and the spoken control, and whether it speaks; by page, if that makes a difference; ``user_steps[s]``: how many."""
+    ``may_exit[s, v]``. For the first, second, ... step of user space ``becomes[nth, control, which, pair]``, in the silent
+    and the spoken control, and whether it ``speaks[nth, which, pair]``, on the first, second, ... page, if that makes a
+    difference; ``user_steps[s]``: how many there are."""
 
     everywhere: np.ndarray
     may_exit: np.ndarray
-    user: list[tuple[np.ndarray, np.ndarray]]
+    becomes: np.ndarray
+    speaks: np.ndarray
     user_steps: np.ndarray
 
 
@@ -68,15 +70,14 @@ class Levels:
         assert (space.block[vm.everywhere] == space.block).all(), "a flush or an exit changes what others wait for"
         self.pages = tuple(range(space.pages))  # its length is a constant to the compiler
         rows, degree, quiet, loud = _rows(space, pages)
-        becomes, speaks = (np.array(columns) for columns in zip(*vm.user, strict=True))
         situations = space.base, np.array(space.strides).T, np.array(space.firsts).T, rows
         pairs = np.array(space.codes).T, space.lookup, space.rank, vm.everywhere
         self.tables = (
             *_narrow([*situations, *pairs, degree, *quiet, *loud]),
-            *_narrow([EXIT + np.arange(vm.may_exit.shape[1]), vm.may_exit, vm.user_steps, becomes, speaks]),
+            *_narrow([EXIT + np.arange(vm.may_exit.shape[1]), vm.may_exit, vm.user_steps, vm.becomes, vm.speaks]),
         )
         most = np.diff(quiet[0].astype(int)).max(initial=0) + np.diff(loud[0].astype(int)).max(initial=0)
-        self.most = int(most) * space.pages + vm.may_exit.shape[1] + len(vm.user)  # steps of one state
+        self.most = int(most) * space.pages + vm.may_exit.shape[1] + len(vm.becomes)  # steps of one state
         self.out, self.ends = np.empty(CHUNK * self.most, np.uint32), np.empty(CHUNK, np.uint32)
         for _, after, _, _ in self.successors(np.zeros(1, np.int64)):
             self.mark(after, np.zeros(space.bound, np.uint8), 0)
