@@ -105,13 +105,13 @@ def _rewrite_compiled(visit: Visit, words: np.ndarray, where: np.ndarray | None)
     return Rewritten(said, not apart & SPTE_BASE_ADDR_MASK)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4)  # passes have few sizes; what is kept is as large as the slot's part
 def _room(size: int) -> np.ndarray:
     """An array to use again and again: fresh memory costs more than the work."""
     return np.empty(size, bool)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4)
 def _addresses(size: int) -> np.ndarray:
     return np.arange(size, dtype=np.uint64) * np.uint64(PAGE)
 

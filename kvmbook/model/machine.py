@@ -20,7 +20,7 @@ from kvmbook.model.hardware import Hardware
 from kvmbook.model.host import FEW_FRAMES, HostMemory
 from kvmbook.model.kernel import Kernel
 from kvmbook.model.memslots import DirtyRing, MemorySlot, Memslots, bits_between
-from kvmbook.model.page_tables import LEVELS, PageTables, Root, Sptep, Stretch
+from kvmbook.model.page_tables import LEVELS, PageTable, PageTables, Root, Sptep, Stretch
 from kvmbook.model.spte import SpteFormat
 from kvmbook.model.tlb import Tlb, TlbEntry
 
@@ -467,9 +467,10 @@ NEVER_CHANGE = Event, TlbEntry
 
 @functools.cache
 def fields_that_change(kind: type) -> tuple[str, ...]:
-    """The names of the fields of a dataclass whose objects can change: one that is not frozen, or a slot, for its bitmap."""
+    """The fields that tell objects of a dataclass apart, if they can change: of one that is not frozen, or of a slot, for its
+    bitmap. (What is left out of comparisons follows from the rest.)"""
     changes = is_dataclass(kind) and (kind is MemorySlot or not getattr(kind, "__dataclass_params__").frozen)
-    return tuple(each.name for each in fields(kind)) if changes else ()
+    return tuple(each.name for each in fields(kind) if each.compare or kind is MemorySlot) if changes else ()
 
 
 @functools.cache
@@ -522,6 +523,8 @@ def freeze(value: Any) -> Any:
         return frozenset(value)
     if kind is MemorySlot:
         return value, freeze(value.dirty_bitmap)
+    if kind is PageTable:
+        return value.pfn, value.root, value.level, value.base_gfn, freeze(value.sptes)
     if names := fields_that_change(kind):
         return kind.__name__, tuple([freeze(getattr(value, name)) for name in names])
     return value

@@ -117,7 +117,7 @@ class PageTables:
     fmt: SpteFormat
     root_level: int
     tables: dict[int, PageTable] = field(default_factory=dict)
-    runs: dict[int, PageTable] = field(default_factory=dict)  # the first table of each array
+    runs: dict[int, PageTable] = field(default_factory=dict, compare=False)  # the first table of each array
     roots: dict[Root, int] = field(default_factory=dict)
     next_pfn: int = FIRST_TABLE_PFN
     shadow_root_allocated: bool = False

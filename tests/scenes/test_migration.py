@@ -1,6 +1,10 @@
 """A migration brings the guest as it was, or names each write that it has lost."""
 
 import json
+import os
+import pathlib
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -31,6 +35,7 @@ from kvmbook.scenes import (
     move,
 )
 
+ROOT = pathlib.Path(__file__).parent.parent.parent
 THREE = [Request("put", key, value) for key, value in (("alice", "12"), ("bob", "7"), ("carol", "3"))]
 SHOP = Script({0: THREE, 48: [Request("delete", "bob")]})
 OLD, NEW = Setting(kernel=Kernel.v5_19, ageing=16), Setting(kernel=Kernel.v6_0, ageing=16)
@@ -155,6 +160,18 @@ def test_the_kept_results_are_those_of_the_model():
     for number, life in enumerate(LIVES):
         for seed in {number * 37 % len(SEEDS), len(SEEDS) - 1 - number}:
             assert str(move(life, seed)) == kept()[life][seed], f"{life}, seed {seed}"
+
+
+def test_the_sweeps_command_compares_with_what_is_kept(tmp_path):
+    command = [sys.executable, "-m", "tools.chances", "--on", "here", "--seeds", "1"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("50 migrations on here: ") and done.stdout.endswith(
+        "\nthe same as those that are kept\n"
+    )
+    assert not list((tmp_path / "build").iterdir())
 
 
 def test_every_life_is_kept_whole():
