@@ -55,9 +55,10 @@ Visit = Callable[[int], tuple[int, bool]]
 
 
 class Rewritten(NamedTuple):
-    """What became of words: the bools that were said of them (good until the next words are rewritten), and whether their
-    addresses follow each other, page by page."""
+    """What became of words: they themselves (copies, where few were meant: these alone), the bools that were said of them
+    (good until the next words are rewritten), and whether their addresses follow each other, page by page."""
 
+    words: np.ndarray
     said: np.ndarray
     in_a_row: bool
 
@@ -67,18 +68,17 @@ def rewrite(visit: Visit, words: np.ndarray, where: np.ndarray | None = None) ->
     words that are meant; of others it is False. ``visit`` is asked of each kind that is meant (and perhaps of 0), once."""
     if where is not None and (count := np.count_nonzero(where)) < words.size:
         if count < words.size // MANY or not _compiles(words):
-            pages, said = np.flatnonzero(where), np.zeros(words.size, bool)
-            some = words[pages]
-            said[pages] = rewrite(visit, some).said
-            words[pages] = some
-            return Rewritten(said, False)
+            pages = np.flatnonzero(where)
+            some = rewrite(visit, words[pages])
+            words[pages] = some.words
+            return some
     else:
         where = None
     if not _compiles(words):
         said = np.zeros(words.size, bool)
         _by_kind(visit, words, [words, said])
         apart = _differ(words - _addresses(words.size)) if words.size > FEW_WORDS and said.any() else ALL_BITS
-        return Rewritten(said, not apart & SPTE_BASE_ADDR_MASK)
+        return Rewritten(words, said, not apart & SPTE_BASE_ADDR_MASK)
     return _rewrite_compiled(visit, words, where)
 
 
@@ -102,7 +102,7 @@ def _rewrite_compiled(visit: Visit, words: np.ndarray, where: np.ndarray | None)
         apart |= int(found)
         if len(flips) > FEW_KINDS:
             flips.clear()
-    return Rewritten(said, not apart & SPTE_BASE_ADDR_MASK)
+    return Rewritten(words, said, not apart & SPTE_BASE_ADDR_MASK)
 
 
 @functools.lru_cache(maxsize=4)  # passes have few sizes; what is kept is as large as the slot's part

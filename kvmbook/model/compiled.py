@@ -60,7 +60,7 @@ def _loop(fmt: Any, name: str, how: tuple[Any, ...], answers: int) -> Callable[.
 
 # ---- by kind ---------------------------------------------------------------------------------------------------------
 
-PART, KNOWN, TRUE = 1024, 1 << 12, 1 << 13  # words at a time; marks in the address of a flip, where nothing is flipped
+PART, KNOWN, TRUE = 512, 1 << 12, 1 << 13  # words at a time; marks in the address of a flip, where nothing is flipped
 
 
 @functools.cache
@@ -76,46 +76,49 @@ def _flip(words, said, meant, start, kinds, flips, flags, known, true, page):  #
     """``kinds`` and ``flips``, tuples of one length: of SPTEs of a kind, what is to be flipped, with marks. ``said`` gets the
     mark TRUE. ``meant``: None, or 1 for each word that is meant and 0 for others, which count as kind 0. Returns where it
     stopped, at a part with a kind that is not among them or behind the last word, and the bits in which addresses differ from
-    a row of pages."""
-    kind, marked, apart, zero = np.empty(PART, np.uint64), np.empty(PART, np.uint64), known ^ known, known ^ known
+    a row of pages. After a part of several kinds the next is taken to have several, too."""
+    marks, zero, apart, mixed = np.empty(PART, np.uint64), known ^ known, known ^ known, False
     for at in range(start, words.size, PART):
         part, to, differ = words[at : at + PART], said[at : at + PART], zero
-        for i in range(part.size):
-            differ |= part[i] ^ (part[0] + np.uint64(i) * page)
-        apart |= differ | (part[0] ^ (words[0] + np.uint64(at) * page))
-        differ, kind[0] = differ & flags, part[0] & flags
-        if meant is not None:
-            differ = zero
+        asked = to if meant is None else meant[at : at + PART]
+        apart |= part[0] ^ (words[0] + np.uint64(at) * page)
+        if not mixed:
             for i in range(part.size):
-                kind[i] = part[i] & (flags * np.uint64(meant[at + i]))
-                differ |= kind[i] ^ kind[0]
-        elif differ != 0:
-            for i in range(part.size):
-                kind[i] = part[i] & flags
-        one, all_known = zero, known
-        if differ == 0:
+                differ |= part[i] ^ (part[0] + np.uint64(i) * page)
+            apart |= differ
+            mark = zero
             for k in range(len(kinds)):
-                one |= flips[k] if kind[0] == kinds[k] else zero
-            all_known = one & known
-        else:
-            for i in range(part.size):
-                mark = zero
-                for k in range(len(kinds)):
-                    mark |= flips[k] if kind[i] == kinds[k] else zero
-                marked[i] = mark
-                all_known &= mark
+                mark |= flips[k] if part[0] & flags == kinds[k] else zero
+            if differ & flags == 0 and mark & known != 0:
+                if meant is not None:
+                    for i in range(part.size):
+                        part[i] ^= mark & flags & (zero - np.uint64(asked[i]))
+                    for i in range(part.size):
+                        to[i] = asked[i] & np.uint8(mark & true != 0)
+                else:
+                    to[:] = mark & true != 0
+                    if mark & flags != 0:
+                        for i in range(part.size):
+                            part[i] ^= mark & flags
+                continue
+        all_known = known
+        for i in range(part.size):
+            kind, mark = part[i] & flags, zero
+            differ |= part[i] ^ (part[0] + np.uint64(i) * page)
+            if meant is not None:
+                kind &= zero - np.uint64(asked[i])
+            for k in range(len(kinds)):
+                mark |= flips[k] if kind == kinds[k] else zero
+            marks[i] = mark
+            all_known &= mark
+        apart |= differ
         if all_known == 0:
             return at, apart
-        if differ != 0:
-            for i in range(part.size):
-                part[i] ^= marked[i] & flags
-            for i in range(part.size):
-                to[i] = marked[i] & true != 0
-        else:
-            to[:] = one & true != 0
-            if one & flags != 0:
-                for i in range(part.size):
-                    part[i] ^= one & flags
+        for i in range(part.size):
+            part[i] ^= marks[i] & flags
+        for i in range(part.size):
+            to[i] = marks[i] & true != 0
+        mixed = differ & flags != 0
     return words.size, apart
 
 

@@ -330,7 +330,7 @@ class Machine:
             asked = asked or bool(yes)
             return Visit(new, self._stops_being_dirty(old, new))
 
-        was_dirty, in_a_row = rewrite(visit, words, where)
+        words, was_dirty, in_a_row = rewrite(visit, words, where)
         if was_dirty.any() and in_a_row and words.size > FEW_FRAMES:
             self.host.dirty.add_run(self.fmt.spte_to_pfn(int(words[0])), was_dirty)
         elif was_dirty.any():

@@ -28,7 +28,7 @@ from kvmbook.model.spte import (
 FIRST_TABLE_PFN = 1 << 37
 RMAPS, TDP = False, True  # the two sides; `Root.tdp_mmu` says which
 LEVELS = PG_LEVEL_4K, KVM_MAX_HUGEPAGE_LEVEL
-AT_ONCE = 1 << 18  # SPTEs that a pass works at a time
+AT_ONCE = 1 << 19  # SPTEs that a pass works at a time
 
 
 @dataclass(frozen=True)
