@@ -21,7 +21,7 @@ from kvmbook.search.cells import BLANK_VIEW, Cells, control_of, ioctl_of, view_o
 from kvmbook.search.configurations import Configuration, Slot, every
 from kvmbook.search.explore import Result, Search, explore
 from kvmbook.search.flush_rules import BITS, BitRule, Leaf, all_rules, as_bits, cost, least, leaves_met, sound_rules
-from kvmbook.search.hunt import Covered, Hunt, Met, hunt, hunt_at_random, hunt_one
+from kvmbook.search.hunt import Covered, Hunt, Met, hunt, hunt_at_random, hunt_one, runs_at_random
 from kvmbook.search.known_faults import KNOWN_FAULTS, Fault, fault_of, faults_in, loses, play, repaired
 from kvmbook.search.litmus import Litmus, read_litmus
 from kvmbook.search.museum import BUG, CONFUSIONS, EXHIBITS, Calls, Exhibit, Found, Interleavings, Moves
