@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: lab edit test book slides pdf run benchmark real-bug clean install-lab install-book install-test
+.PHONY: lab edit check test book slides pdf run benchmark soak real-bug clean install-lab install-book install-test
 
 # A reader's own copy of the book, in reading/; `make edit` opens the sources.
 lab: install-lab
@@ -10,6 +10,10 @@ lab: install-lab
 
 edit: install-lab
 	@$(BIN)/python tools/reading.py --sources
+
+# A first answer while you work, within a minute: style, types, the model and the scenes; no chapter, no page, no browser.
+check: install-test
+	$(BIN)/python -m pytest --quick -n 2 --dist loadfile --no-loadscope-reorder
 
 # Three at once on two cores: a browser, a kernel and a build wait for each other often.
 test: install-test
@@ -37,6 +41,10 @@ run: install-book
 
 benchmark: install-test
 	$(BIN)/python -m benchmarks
+
+# A million steps of random runs on each kind of hardware, in some 30 minutes; goes on where it was interrupted.
+soak: install-test
+	$(BIN)/python -m tools.soak $(OPTIONS)
 
 # Linux's own KVM loses the write of chapter 1, in an emulator: on Debian, some 20 minutes, 6 GB. OPTIONS=--help says more.
 real-bug: install-lab

@@ -99,15 +99,41 @@ LONGEST = (
 )
 
 
-def pytest_collection_modifyitems(items):
+# `make check` does without these: chapters run, pages, decks and browsers, and what searches or draws lots for long.
+NOT_QUICK = (
+    "notebooks",
+    "tests/book",
+    "tests/search",
+    "tests/views",
+    "tests/real",
+    "tests/model/test_properties.py",
+    "tests/model/test_releases.py",
+    "tests/model/test_spte.py",
+    "tests/model/test_kernels.py",
+    "tests/scenes/test_relaxing.py",
+    "tests/scenes/test_exhibits.py",
+    "tests/exercises",
+)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--quick", action="store_true", help="without the files that take long: see NOT_QUICK")
+
+
+def place_in(files, item):
+    """The place of an item's file, or of a folder above it, among ``files``; None if it is not there."""
+    path = item.path.relative_to(item.config.rootpath).as_posix()
+    return next((place for place, start in enumerate(files) if path.startswith(start)), None)
+
+
+def pytest_collection_modifyitems(config, items):
     """Files that take long are begun early, so that at the end no worker waits for another: for pytest-xdist, which hands
-    out the files in this order (`make test`: --no-loadscope-reorder)."""
-
-    def rank(item):
-        path = item.path.relative_to(item.config.rootpath).as_posix()
-        return next((place for place, start in enumerate(LONGEST) if path.startswith(start)), len(LONGEST))
-
-    items.sort(key=rank)
+    out the files in this order (`make test`: --no-loadscope-reorder). With ``--quick`` some are left out."""
+    items.sort(key=lambda item: len(LONGEST) if (place := place_in(LONGEST, item)) is None else place)
+    if config.getoption("quick"):
+        long = [item for item in items if place_in(NOT_QUICK, item) is not None]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in long]
 
 
 @pytest.hookimpl(wrapper=True)

@@ -25,26 +25,26 @@ WINGS = {
     ],
     "search": [
         "schedule", "playing", "selftest", "recorder", "cells", "tables", "pagewise", "space", "levels", "explore",
-        "products", "anynumber", "flush_rules", "configurations", "userspace", "known_faults", "litmus", "random_runs",
-        "hunt", "cast", "museum", "__main__",
+        "products", "anynumber", "flush_rules", "configurations", "userspace", "known_faults", "litmus",
+        "random_runs", "hunt", "cast", "museum", "sweep", "__main__",
     ],
     "scenes": [
         "enabling", "ageing", "faulting", "slots", "writes", "words", "decoding", "remembering", "reasons",
-        "beside", "runs", "losses", "museum", "relaxing",
+        "beside", "runs", "losses", "museum", "relaxing", "store", "migration", "chances",
     ],
     "views": [
         "scripts", "results", "drawing", "figures", "word_figures", "run_figures", "widget", "panel", "enabling_panels",
         "ageing_panel", "slot_panels", "remembering_panel", "faulting_panel", "writes_panel", "reasons_panel",
-        "rules_panel", "beside_panel", "losses_panel", "museum_panel", "relaxing_panel", "inspector",
-        "scheduler", "quiz", "guess", "book_map",
+        "rules_panel", "beside_panel", "losses_panel", "museum_panel", "relaxing_panel",
+        "migration_panel", "inspector", "scheduler", "quiz", "guess", "book_map",
     ],
     "exercises": [
         "mechanism", "vms", "ch01", "ch02", "ch03", "ch04", "ch05", "ch06", "ch07", "ch08", "ch09", "ch10",
-        "ch11", "ch13", "ch14", "ch15", "ch16",
+        "ch11", "ch12", "ch13", "ch14", "ch15", "ch16",
     ],
 }  # fmt: skip
 PACKAGE = ROOT / "kvmbook"
-NAMED_AS_THEIR_ROOM = ("explore", "hunt", "book_map")
+NAMED_AS_THEIR_ROOM = ("explore", "hunt", "sweep", "book_map")
 
 
 def imports_of(path):
@@ -153,6 +153,15 @@ def test_the_readmes_ten_lines_print_what_the_readme_says_also_at_a_prompt():
     for options in ([], ["-i", "-q"]):
         done = subprocess.run([sys.executable, *options], input=code, capture_output=True, text=True, check=True)
         assert done.stdout == printed
+
+
+def test_the_readmes_sweep_runs(tmp_path):
+    (code,) = re.findall(r"```python\n(from concurrent.*?)```", (ROOT / "README.md").read_text(), re.S)
+    few = code.replace("range(100)", "range(2)")
+    assert few != code
+    done = subprocess.run([sys.executable, "-c", few], cwd=tmp_path, capture_output=True, text=True, check=True)
+    results, band = done.stdout.splitlines()
+    assert re.fullmatch(r"\[[012], [012]\]", results) and re.fullmatch(r"\(0\.\d+, 0\.\d+\)", band)
 
 
 def test_the_readmes_map_names_every_wing_and_room():

@@ -65,7 +65,7 @@ def quiz_02_3() -> Answer:
     if errno_of(lambda: vm.run(clear)) != "0":
         return Answer("the call is refused with EINVAL", "")
     alone = "one page is cleared and protected, the others are left alone"
-    option = alone if clear.taken == [BASE_GFN + 1] else "all 64 pages are write-protected again"
+    option = alone if clear.taken.tolist() == [1 << 1] else "all 64 pages are write-protected again"
     because = (
         "CLEAR takes only bits that are asked for and set. Why not to ask for all is the last of the six questions."
     )

@@ -16,7 +16,7 @@ from kvmbook.model.access_tracking import (
 )
 from kvmbook.model.arrays import ALL_BITS, BLOCK, SPTE_BASE_ADDR_MASK, each
 from kvmbook.model.compiled import numba_is_there
-from kvmbook.model.dirty_log import ClearDirtyLog, GetDirtyLog, ResetDirtyRings
+from kvmbook.model.dirty_log import ClearDirtyLog, GetDirtyLog, ResetDirtyRings, no_words
 from kvmbook.model.faults import Outcome, PageFault
 from kvmbook.model.guest_memory import WriteGuest
 from kvmbook.model.hardware import Hardware
@@ -49,7 +49,6 @@ from kvmbook.model.memslots import (
     DirtyRing,
     MemoryRegion,
     MemorySlot,
-    bit_offsets,
     fits,
     to_bits,
     to_words,

@@ -6,14 +6,18 @@ What they leave in the TLBs is the story of the book: *clear_young never flushes
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar
 
-from kvmbook.model.arrays import ALL_BITS
+import numpy as np
+
+from kvmbook.model.arrays import ALL_BITS, rewrite
 from kvmbook.model.machine import Machine, Operation, step
 from kvmbook.model.memslots import MemorySlot
-from kvmbook.model.page_tables import RMAPS, TDP, Sptep
-from kvmbook.model.spte import PG_LEVEL_4K
+from kvmbook.model.page_tables import RMAPS, TDP
+from kvmbook.model.spte import PG_LEVEL_4K, SPTES_PER_TABLE, SpteFormat
 
 
 def kvm_unmap_gfn_range(m: Machine, ranges: list[tuple[int, int]]) -> bool:
@@ -72,6 +76,30 @@ class Ageing(Notifier):
         return None if self.lockless else super().wants_lock(name)
 
 
+@dataclass
+class Seen:
+    """Young leaves that were read and not yet written: of the array of tables whose first lies in frame ``run``, from entry
+    ``first`` on, which were ``young``, a bool array, and the ``sptes`` that were read."""
+
+    run: int
+    first: int
+    young: np.ndarray
+    sptes: np.ndarray
+
+
+def young_leaves(m: Machine, side: bool, start: int, end: int) -> Iterator[Seen]:
+    """Read one side's SPTEs over [start, end)."""
+    for table, first, words in m.page_tables.stretches(side, start, end):
+        sptes = words.copy()
+        young = rewrite(partial(_whether_young, m.fmt, table.level), sptes).said
+        if young.any():
+            yield Seen(table.pfn, first, young.copy(), sptes)
+
+
+def _whether_young(fmt: SpteFormat, level: int, spte: int) -> tuple[int, bool]:
+    return spte, fmt.maps_page(spte, level) and fmt.is_accessed_spte(spte)
+
+
 @dataclass(eq=False)
 class ClearYoung(Ageing):
     """Age without a flush: a page that looks idle a little too early does no harm, the host reckons.
@@ -81,16 +109,14 @@ class ClearYoung(Ageing):
     steps = ("kvm_age_gfn",)
     flushes: ClassVar[bool] = False
 
-    seen: list[tuple[Sptep, int]] = field(default_factory=list, init=False)
+    seen: list[Seen] = field(default_factory=list, init=False)
 
     @step(lock="write", keeps=True)
     def kvm_age_gfn(self, m: Machine) -> str:
         """Huge pages are aged as one. Where it is not done at once, young SPTEs are only read, and written in a step of its
         own. Source: mmu/mmu.c, mmu/tdp_mmu.c: kvm_tdp_mmu_age_gfn_range(), v5.19."""
         apart = (RMAPS, TDP) if self.lockless else (TDP,) * m.kernel.ages_by_plain_store
-        leaves = [leaf for gfns in self.ranges for leaf in m.page_tables.every_leaf(*gfns)]
-        young = (leaf for leaf in leaves if leaf[1].root.tdp_mmu in apart and m.fmt.is_accessed_spte(leaf[3]))
-        self.seen = [(sptep, spte) for sptep, _, _, spte in young]
+        self.seen = [seen for gfns in self.ranges for side in apart for seen in young_leaves(m, side, *gfns)]
         at_once = [(side, *gfns) for side in (RMAPS, TDP) if side not in apart for gfns in self.ranges]
         aged = [m.update_leaves(*where, m.fmt.mmu_spte_age) for where in at_once]
         self.result = bool(self.seen) or any(aged)
@@ -104,19 +130,28 @@ class ClearYoung(Ageing):
         young. (With a plain store, what was read is stored without its A, whatever is there by now.)
         Source: mmu/tdp_mmu.c, mmu/mmu.c: kvm_rmap_age_gfn_range(), v6.15."""
         failed = 0
-        for sptep, seen in self.seen:
-            if sptep.table not in m.page_tables.tables:
+        for seen in self.seen:
+            if seen.run not in m.page_tables.runs:
                 continue  # RCU keeps it, but nobody will look at it
-            now = m.page_tables.read(sptep)
-            if not self.lockless:
-                m.page_tables.write(sptep, m.fmt.mmu_spte_age(seen).spte)
-                m.tell_host(seen, m.fmt.mmu_spte_age(seen).spte)
-            elif m.fmt.spte_ad_enabled(seen):
-                m.page_tables.write(sptep, now & (ALL_BITS ^ m.fmt.shadow_accessed_mask))
-            elif now == seen:
-                m.page_tables.write(sptep, m.fmt.mark_spte_for_access_track(seen))
-            failed += now != seen
+            table = m.page_tables.runs[seen.run]
+            words = table.rows.reshape(-1)[seen.first : seen.first + seen.young.size]
+            changed = seen.young & (words != seen.sptes)
+            if self.lockless:  # the host is not told which were dirty
+                rewrite(lambda old: m.fmt.mmu_spte_age(old)[:2], words, seen.young & ~changed)
+            else:
+                m.update_words(words, table.level, m.fmt.mmu_spte_age, seen.young & ~changed)
+            for at in np.flatnonzero(changed).tolist():
+                if seen.run + (seen.first + at) // SPTES_PER_TABLE in m.page_tables.tables:
+                    words[at] = self._aged_by_now(m, int(seen.sptes[at]), int(words[at]))
+                    failed += 1
         return f"{failed} changed meanwhile" if failed else None
+
+    def _aged_by_now(self, m: Machine, seen: int, now: int) -> int:
+        """What becomes of an SPTE that was ``seen`` and is another ``now``."""
+        if not self.lockless:
+            m.tell_host(seen, m.fmt.mmu_spte_age(seen).spte)
+            return m.fmt.mmu_spte_age(seen).spte
+        return now & (ALL_BITS ^ m.fmt.shadow_accessed_mask) if m.fmt.spte_ad_enabled(seen) else now
 
 
 @dataclass(eq=False)
@@ -136,8 +171,9 @@ class TestYoung(Ageing):
     @step(lock="write")
     def kvm_test_age_gfn(self, m: Machine) -> str:
         """Source: mmu/mmu.c, mmu/tdp_mmu.c: test_age_gfn(), v5.19."""
-        leaves = (leaf for gfns in self.ranges for leaf in m.page_tables.every_leaf(*gfns))
-        self.result = any(m.fmt.is_accessed_spte(spte) for _, _, _, spte in leaves)
+        self.result = any(
+            m.any_leaf(side, *gfns, m.fmt.is_accessed_spte) for side in (RMAPS, TDP) for gfns in self.ranges
+        )
         return "young" if self.result else "old"
 
 

@@ -1,7 +1,7 @@
-"""A helper of `SpteFormat` as a loop over an array, compiled by numba from the helper's own source.
+"""Loops over an array of SPTEs, compiled by numba: over a helper's own source, and by kind, see `arrays`.
 
-Two functions are made of it, one with the answers and one that says whether the assertions hold: a loop that could raise in
-the middle would not be fast. If they do not hold for some word, the helper itself is run on it, and raises.
+Of a helper two functions are made, one with the answers and one that says whether the assertions hold: a loop that could
+raise in the middle would not be fast. If they do not hold for some word, the helper itself is run on it, and raises.
 """
 
 from __future__ import annotations
@@ -56,6 +56,73 @@ def _loop(fmt: Any, name: str, how: tuple[Any, ...], answers: int) -> Callable[.
     exec(LOOP.format(how=", ".join(map(repr, how)), stores="; ".join(stores)), known)
     loop: Callable[..., bool] = numba.njit(known["loop"])
     return loop
+
+
+# ---- by kind ---------------------------------------------------------------------------------------------------------
+
+PART, KNOWN, TRUE = 512, 1 << 12, 1 << 13  # words at a time; marks in the address of a flip, where nothing is flipped
+
+
+@functools.cache
+def by_kind() -> Callable[..., tuple[int, int]]:
+    """A loop that flips each word, in place, as its kind says. See `_flip`."""
+    import numba
+
+    compiled: Callable[..., tuple[int, int]] = numba.njit(_flip)
+    return compiled
+
+
+def _flip(words, said, meant, start, kinds, flips, flags, known, true, page):  # type: ignore[no-untyped-def]
+    """``kinds`` and ``flips``, tuples of one length: of SPTEs of a kind, what is to be flipped, with marks. ``said`` gets the
+    mark TRUE. ``meant``: None, or 1 for each word that is meant and 0 for others, which count as kind 0. Returns where it
+    stopped, at a part with a kind that is not among them or behind the last word, and the bits in which addresses differ from
+    a row of pages. After a part of several kinds the next is taken to have several, too."""
+    marks, zero, apart, mixed = np.empty(PART, np.uint64), known ^ known, known ^ known, False
+    for at in range(start, words.size, PART):
+        part, to, differ = words[at : at + PART], said[at : at + PART], zero
+        asked = to if meant is None else meant[at : at + PART]
+        apart |= part[0] ^ (words[0] + np.uint64(at) * page)
+        if not mixed:
+            for i in range(part.size):
+                differ |= part[i] ^ (part[0] + np.uint64(i) * page)
+            apart |= differ
+            mark = zero
+            for k in range(len(kinds)):
+                mark |= flips[k] if part[0] & flags == kinds[k] else zero
+            if differ & flags == 0 and mark & known != 0:
+                if meant is not None:
+                    for i in range(part.size):
+                        part[i] ^= mark & flags & (zero - np.uint64(asked[i]))
+                    for i in range(part.size):
+                        to[i] = asked[i] & np.uint8(mark & true != 0)
+                else:
+                    to[:] = mark & true != 0
+                    if mark & flags != 0:
+                        for i in range(part.size):
+                            part[i] ^= mark & flags
+                continue
+        all_known = known
+        for i in range(part.size):
+            kind, mark = part[i] & flags, zero
+            differ |= part[i] ^ (part[0] + np.uint64(i) * page)
+            if meant is not None:
+                kind &= zero - np.uint64(asked[i])
+            for k in range(len(kinds)):
+                mark |= flips[k] if kind == kinds[k] else zero
+            marks[i] = mark
+            all_known &= mark
+        apart |= differ
+        if all_known == 0:
+            return at, apart
+        for i in range(part.size):
+            part[i] ^= marks[i] & flags
+        for i in range(part.size):
+            to[i] = marks[i] & true != 0
+        mixed = differ & flags != 0
+    return words.size, apart
+
+
+# ---- from source -----------------------------------------------------------------------------------------------------
 
 
 class _Compiled(ModuleType):

@@ -13,7 +13,13 @@ import numpy as np
 
 from kvmbook.model import wrprot
 from kvmbook.model.machine import Machine, Operation, step
-from kvmbook.model.memslots import MemorySlot, bit_offsets, fits, refuse, to_bits, to_words
+from kvmbook.model.memslots import MemorySlot, count_bits, fits, refuse, to_bits, to_words
+
+
+def no_words() -> np.ndarray:
+    """A bitmap of no pages."""
+    return np.zeros(0, np.uint64)
+
 
 NO_SLOT = MemorySlot(0, 0, 0, 0, 0)  # before it is looked up
 
@@ -23,7 +29,9 @@ class DirtyLogOperation(Operation):
     """What KVM_GET_DIRTY_LOG and KVM_CLEAR_DIRTY_LOG share: take bits word by word, re-arm those pages, and flush if any
     bit was taken. *The flush depends on the bitmap, never on whether an SPTE changed.*
 
-    ``words`` are those still to take; ``taken`` the gfns whose bits were taken; ``flushes_early``: before mmu_lock is let go.
+    ``words``: the numbers of the bitmap's words that are still to take. ``taken``: the bits that were taken, as words from
+    word ``first`` on; ``mask``: those of the last step, from word ``offset`` on. ``flushes_early``: before mmu_lock is let
+    go.
     """
 
     last_step: ClassVar[str]
@@ -31,9 +39,11 @@ class DirtyLogOperation(Operation):
     slot_number: int
     slot: MemorySlot = field(default=NO_SLOT, init=False)
     flushes_early: bool = field(default=False, init=False)
-    words: list[int] = field(default_factory=list, init=False)
-    taken: list[int] = field(default_factory=list, init=False)
-    word_gfns: list[int] = field(default_factory=list, init=False)
+    words: np.ndarray = field(default_factory=no_words, init=False)
+    first: int = field(default=0, init=False)
+    taken: np.ndarray = field(default_factory=no_words, init=False)
+    offset: int = field(default=0, init=False)
+    mask: np.ndarray = field(default_factory=no_words, init=False)
 
     @property
     def needs_slots_lock(self) -> bool:
@@ -59,7 +69,12 @@ class DirtyLogOperation(Operation):
 
     def covers(self, slot: MemorySlot, gfn: int) -> bool:
         """A taken bit is news until user space has it."""
-        return slot.number == self.slot.number and gfn in self.taken
+        return slot.number == self.slot.number and self.is_among(self.taken, gfn)
+
+    def is_among(self, words: np.ndarray, gfn: int) -> bool:
+        """Whether the bit of ``gfn`` is set in words of the slot's bitmap from word ``first`` on."""
+        word, bit = divmod(gfn - self.slot.base_gfn, 64)
+        return 0 <= word - self.first < words.size and bool(int(words[word - self.first]) >> bit & 1)
 
     @property
     def live(self) -> np.ndarray:
@@ -82,20 +97,23 @@ class DirtyLogOperation(Operation):
 
     @step(lock="write", keeps=True)
     def take_bits(self, m: Machine) -> str:
-        """Exchange the next word: the bits that are asked for become 0 and are ours."""
-        word = self.words.pop(0)
-        ours = self.take_word(word)
-        self.word_gfns = [self.slot.base_gfn + word * 64 + bit for bit in bit_offsets(ours)]
-        self.taken += self.word_gfns
-        self.todo = ["rearm"] * (ours != 0) + ["take_bits"] * bool(self.words) + self.ending(bool(self.taken))
-        return f"{len(self.word_gfns)} taken"
+        """Exchange the next word, or ``words_per_step``: the bits that are asked for become 0 and are ours."""
+        count = m.words_per_step or len(self.words)
+        self.offset, behind = int(self.words[0]), int(self.words[:count][-1]) + 1
+        self.words = self.words[count:]
+        self.mask = self.take_words(self.offset, behind)
+        self.taken[self.offset - self.first : behind - self.first] |= self.mask
+        more, any_taken = len(self.words) > 0, bool(self.taken.any())
+        self.todo = ["rearm"] * bool(self.mask.any()) + ["take_bits"] * more + self.ending(any_taken)
+        return f"{count_bits(self.mask)} taken"
 
     @step(lock="write", keeps=True)
     def rearm(self, m: Machine) -> None:
         """Make the next write to those pages visible again."""
-        wrprot.kvm_arch_mmu_enable_log_dirty_pt_masked(m, self.slot, self.word_gfns)
+        wrprot.kvm_arch_mmu_enable_log_dirty_pt_masked(m, self.slot, self.offset * 64, self.mask)
 
-    def take_word(self, word: int) -> int:
+    def take_words(self, first: int, behind: int) -> np.ndarray:
+        """Take the live bitmap's words from ``first`` up to ``behind``, as far as they are asked for."""
         raise NotImplementedError
 
     def ending(self, flush: bool) -> list[str]:
@@ -129,21 +147,22 @@ class GetDirtyLog(DirtyLogOperation):
     def find_words(self, m: Machine) -> None:
         """Zero the second half of the bitmap, and see which words are not zero."""
         self.buffer[:] = 0
-        self.words = np.flatnonzero(self.live).tolist()
-        self.todo = ["take_bits"] if self.words else self.ending(False)
+        self.words, self.taken = np.flatnonzero(self.live), np.zeros_like(self.live)
+        self.todo = ["take_bits"] if self.words.size else self.ending(False)
 
-    def take_word(self, word: int) -> int:
-        self.buffer[word], self.live[word] = self.live[word], 0
-        self.words = (word + 1 + np.flatnonzero(self.live[word + 1 :])).tolist()  # as it comes to them, not as it began
-        return int(self.buffer[word])
+    def take_words(self, first: int, behind: int) -> np.ndarray:
+        self.buffer[first:behind] = self.live[first:behind]
+        self.live[first:behind] = 0
+        self.words = behind + np.flatnonzero(self.live[behind:])  # as it comes to them, not as it began
+        return self.buffer[first:behind].copy()
 
     @step()
     def copy_to_user(self, m: Machine) -> str:
         """User space has the report, and will copy those pages now: their writes so far are accounted for."""
         self.result = to_bits(self.buffer, self.slot.npages)
-        m.take_told(self.slot, self.taken)
-        m.note_copies(self.slot, self.taken)
-        return f"{len(self.taken)} dirty"
+        m.take_told(self.slot, self.first, self.taken)
+        m.note_copies(self.slot, [gfn for gfn in m.written if self.is_among(self.taken, gfn)])
+        return f"{count_bits(self.taken)} dirty"
 
 
 @dataclass(eq=False)
@@ -177,23 +196,25 @@ class ClearDirtyLog(DirtyLogOperation):
             why = f"a bitmap of shape {self.bitmap.shape} cannot be read as {self.num_pages} pages"
             self.refusal = refuse(errno.EFAULT, why)
             return "refused"
-        words, first = to_words(self.bitmap), self.first_page // 64
-        self.buffer[first : first + words.size] = words
-        self.words = (first + np.flatnonzero(words)).tolist()
-        self.todo = ["take_bits"] if self.words else self.ending(False)
+        words, self.first = to_words(self.bitmap), self.first_page // 64
+        self.buffer[self.first : self.first + words.size] = words
+        self.words, self.taken = self.first + np.flatnonzero(words), np.zeros_like(words)
+        self.todo = ["take_bits"] if self.words.size else self.ending(False)
         return None
 
-    def take_word(self, word: int) -> int:
-        ours = int(self.buffer[word] & self.live[word])
-        self.live[word] &= ~self.buffer[word]
-        return ours
+    def take_words(self, first: int, behind: int) -> np.ndarray:
+        asked, live = self.buffer[first:behind], self.live[first:behind]
+        ours = asked & live
+        live &= ~asked
+        return np.asarray(ours)
 
     @step()
     def return_to_user_space(self, m: Machine) -> str:
         """User space will copy the pages of which a GET has told it. If a bit was cleared of which it was not told, the write
         behind it is lost: nobody will ever name that page."""
-        m.note_copies(self.slot, m.take_told(self.slot, self.taken))
-        return f"{len(self.taken)} dirty"
+        known = m.take_told(self.slot, self.first, self.taken)
+        m.note_copies(self.slot, [gfn for gfn in m.written if self.is_among(known, gfn)])
+        return f"{count_bits(self.taken)} dirty"
 
 
 @dataclass(eq=False)
@@ -253,7 +274,8 @@ class ResetDirtyRings(Operation):
         slot = m.memslots.find(self.batch[0][0], m.hardware.address_spaces)
         pages = sorted({offset for _, offset in self.batch})
         if slot is not None and pages[-1] < slot.npages:
-            wrprot.kvm_arch_mmu_enable_log_dirty_pt_masked(m, slot, [slot.base_gfn + page for page in pages])
+            mask = np.array([sum(1 << page - pages[0] for page in pages)], np.uint64)
+            wrprot.kvm_arch_mmu_enable_log_dirty_pt_masked(m, slot, pages[0], mask)
         return None
 
     @step()

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
+
+from kvmbook.model.arrays import each
 from kvmbook.model.machine import Machine
 from kvmbook.model.memslots import MemorySlot
-from kvmbook.model.page_tables import RMAPS, TDP, Sptep
+from kvmbook.model.page_tables import RMAPS, TDP, Sptep, Stretch
 from kvmbook.model.spte import KVM_MAX_HUGEPAGE_LEVEL, PAGE_SHIFT, PG_LEVEL_2M, PG_LEVEL_4K, pages_per_level
 
 
@@ -39,10 +42,13 @@ def split_huge_pages(m: Machine, side: bool, start: int, end: int) -> None:
     On the rmap side these are the huge pages of nested guests (v6.0, ada51a9de725).
     Source: mmu/tdp_mmu.c: tdp_mmu_split_huge_pages_root(), mmu/mmu.c: kvm_shadow_mmu_try_split_huge_pages(), v6.0."""
     for level in range(KVM_MAX_HUGEPAGE_LEVEL, PG_LEVEL_4K, -1):
-        for table, leaves in m.page_tables.leaves(side, start, end, (level, level)):
-            for index in leaves.tolist():
-                m.tell_host(int(table.sptes[index]), 0)
-                m.page_tables.split(Sptep(table.pfn, index), m.nx_huge_pages)
+        for table, first, words in m.page_tables.stretches(side, start, end, (level, level)):
+            huge = np.flatnonzero(each(m.fmt.maps_page, words, level))
+            for run in np.split(huge, np.flatnonzero(np.diff(huge) != 1) + 1) if huge.size else ():
+                begin, behind = int(run[0]), int(run[-1]) + 1
+                for spte in words[begin:behind].tolist():
+                    m.tell_host(spte, 0)
+                m.page_tables.split_each(Stretch(table, first + begin, words[begin:behind]), m.nx_huge_pages)
 
 
 def zap_collapsible_rmap_sptes(m: Machine, slot: MemorySlot) -> bool:

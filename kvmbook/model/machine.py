@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import numpy as np
 
-from kvmbook.model.arrays import each
+from kvmbook.model.arrays import any_of, rewrite
 from kvmbook.model.hardware import Hardware
-from kvmbook.model.host import HostMemory
+from kvmbook.model.host import FEW_FRAMES, HostMemory
 from kvmbook.model.kernel import Kernel
-from kvmbook.model.memslots import DirtyRing, MemorySlot, Memslots, to_bits, to_words
-from kvmbook.model.page_tables import LEVELS, PageTables, Root, Sptep
+from kvmbook.model.memslots import DirtyRing, MemorySlot, Memslots, bits_between
+from kvmbook.model.page_tables import LEVELS, PageTable, PageTables, Root, Sptep, Stretch
 from kvmbook.model.spte import SpteFormat
 from kvmbook.model.tlb import Tlb, TlbEntry
 
@@ -133,10 +133,9 @@ class Operation:
 
 
 class Visit(NamedTuple):
-    """What a pass makes of one leaf: the new SPTE, the helper's answer, and whether the leaf was dirty and is no longer."""
+    """What a pass makes of one entry: the new SPTE, and whether it was a dirty leaf and is no longer."""
 
     spte: int
-    yes: bool
     was_dirty: bool
 
 
@@ -166,7 +165,8 @@ class VcpuState:
 class Machine:
     """All of a VM that the model knows. Its vCPUs run in address space 0: nothing of another one is ever mapped or written.
 
-    ``pages_per_step``: how many pages one step of a slot-wide pass takes; None = all. ``fast_retries``: how often the
+    ``pages_per_step``: how many pages one step of a slot-wide pass takes; None = all. ``words_per_step``: how many words of
+    the dirty bitmap one step of a harvest takes, None = all. ``fast_retries``: how often the
     fast path tries again when the SPTE changed under it (fast_page_fault(), v5.19). ``mmu_notifier_seq`` and
     ``invalidating`` are what makes a fault retry that raced with the host.
 
@@ -186,6 +186,7 @@ class Machine:
     eager_page_split: bool = True
     nx_huge_pages: bool = False
     pages_per_step: int | None = None
+    words_per_step: int | None = 1
     fast_retries: int = 4
     memslots: Memslots = field(default_factory=Memslots)
     vcpus: list[VcpuState] = field(default_factory=list)
@@ -296,22 +297,55 @@ class Machine:
 
     # ---- SPTEs in bulk ----------------------------------------------------------------------------------------------
 
-    def update_leaves(self, side: bool, start: int, end: int, rule: Rule, levels: tuple[int, int] = LEVELS) -> bool:
+    def update_leaves(
+        self,
+        side: bool,
+        start: int,
+        end: int,
+        rule: Rule,
+        levels: tuple[int, int] = LEVELS,
+        only: np.ndarray | None = None,
+    ) -> bool:
         """Apply a helper of `SpteFormat` to each present leaf of one side over [start, end). Whether it said yes to one.
+        ``only``: words of a bitmap that begins at ``start``, of the pages that are meant.
         Source: mmu/mmu.c: slot_handle_level(), slot_handle_level_4k(), v5.19."""
+        asked = False
+        for stretch in self.page_tables.stretches(side, start, end, levels):
+            words, where = stretch.words, None
+            if only is not None:
+                where = bits_between(only, stretch.gfn - start, words.size)
+            if only is None or where is not None:
+                asked |= self.update_words(words, stretch.table.level, rule, where)
+        return asked
+
+    def update_words(self, words: np.ndarray, level: int, rule: Rule, where: np.ndarray | None = None) -> bool:
+        """The same for entries that lie beside each other, in place; all, or (a bool array) those that are meant."""
+        asked = False
 
         def visit(old: int) -> Visit:
+            nonlocal asked
+            if not self.fmt.maps_page(old, level):
+                return Visit(old, False)
             new, yes, *_ = rule(old)
-            return Visit(new, bool(yes), self._stops_being_dirty(old, new))
+            asked = asked or bool(yes)
+            return Visit(new, self._stops_being_dirty(old, new))
 
-        asked = False
-        for table, leaves in self.page_tables.leaves(side, start, end, levels):
-            old = table.sptes[leaves]
-            visits = each(visit, old)
-            table.sptes[leaves] = visits.spte
-            self.host.dirty.update(map(self.fmt.spte_to_pfn, old[visits.was_dirty].tolist()))
-            asked = asked or bool(visits.yes.any())
+        words, was_dirty, in_a_row = rewrite(visit, words, where)
+        if was_dirty.any() and in_a_row and words.size > FEW_FRAMES:
+            self.host.dirty.add_run(self.fmt.spte_to_pfn(int(words[0])), was_dirty)
+        elif was_dirty.any():
+            frames: Any = words[was_dirty]
+            self.host.dirty.add_each(np.asarray(self.fmt.spte_to_pfn(frames)))
         return asked
+
+    def any_leaf(self, side: bool, start: int, end: int, asks: Callable[[int], bool]) -> bool:
+        """Whether the answer is yes for some present leaf of one side over [start, end)."""
+
+        def says(stretch: Stretch) -> bool:
+            level = stretch.table.level
+            return any_of(lambda spte: self.fmt.maps_page(spte, level) and asks(spte), stretch.words)
+
+        return any(says(stretch) for stretch in self.page_tables.stretches(side, start, end))
 
     def drop_table(self, sptep: Sptep) -> None:
         """Cut off a table with all that hangs below it, flush, and give the tables back."""
@@ -383,18 +417,17 @@ class Machine:
         assert slot.dirty_bitmap is not None
         self.told[slot.number] = self.told.get(slot.number, 0) | slot.dirty_bitmap[0]
 
-    def take_told(self, slot: MemorySlot, gfns: list[int]) -> list[int]:
-        """Those of ``gfns`` of which user space was told; their bits are gone now."""
+    def take_told(self, slot: MemorySlot, first: int, taken: np.ndarray) -> np.ndarray:
+        """Those of the pages ``taken``, words of the bitmap from word ``first`` on, of which user space was told; their bits
+        are gone now."""
         if (told := self.told.get(slot.number)) is None:
-            return []
-        pages = np.array(gfns, np.int64) - slot.base_gfn
-        known = to_bits(told, slot.npages)
-        found = pages[known[pages]] + slot.base_gfn
-        known[pages] = False
-        self.told[slot.number] = to_words(known)
-        return [int(gfn) for gfn in found]
+            return np.zeros_like(taken)
+        here = told[first : first + taken.size]
+        known: np.ndarray = here & taken
+        here &= ~taken
+        return known
 
-    def note_copies(self, slot: MemorySlot, gfns: list[int]) -> None:
+    def note_copies(self, slot: MemorySlot, gfns: Iterable[int]) -> None:
         """User space copies these pages now."""
         if slot.as_id == 0:
             self.written.difference_update(gfn for gfn in gfns if gfn in slot)
@@ -434,9 +467,10 @@ NEVER_CHANGE = Event, TlbEntry
 
 @functools.cache
 def fields_that_change(kind: type) -> tuple[str, ...]:
-    """The names of the fields of a dataclass whose objects can change: one that is not frozen, or a slot, for its bitmap."""
+    """The fields that tell objects of a dataclass apart, if they can change: of one that is not frozen, or of a slot, for its
+    bitmap. (What is left out of comparisons follows from the rest.)"""
     changes = is_dataclass(kind) and (kind is MemorySlot or not getattr(kind, "__dataclass_params__").frozen)
-    return tuple(each.name for each in fields(kind)) if changes else ()
+    return tuple(each.name for each in fields(kind) if each.compare or kind is MemorySlot) if changes else ()
 
 
 @functools.cache
@@ -489,6 +523,8 @@ def freeze(value: Any) -> Any:
         return frozenset(value)
     if kind is MemorySlot:
         return value, freeze(value.dirty_bitmap)
+    if kind is PageTable:
+        return value.pfn, value.root, value.level, value.base_gfn, freeze(value.sptes)
     if names := fields_that_change(kind):
         return kind.__name__, tuple([freeze(getattr(value, name)) for name in names])
     return value

@@ -100,7 +100,7 @@ class MemorySlot:
 
 def to_bits(words: np.ndarray, npages: int) -> np.ndarray:
     """A bitmap's uint64 words as a bool array of shape (npages,)."""
-    return np.unpackbits(words.view(np.uint8), bitorder="little")[:npages].astype(bool)
+    return np.unpackbits(words.view(np.uint8), count=npages, bitorder="little").view(bool)
 
 
 def to_words(bits: np.ndarray) -> np.ndarray:
@@ -110,9 +110,15 @@ def to_words(bits: np.ndarray) -> np.ndarray:
     return np.packbits(padded, bitorder="little").view(np.uint64)
 
 
-def bit_offsets(word: int) -> list[int]:
-    """The positions of the set bits of one 64-bit word, lowest first."""
-    return [bit for bit in range(64) if word >> bit & 1]
+def bits_between(words: np.ndarray, first: int, count: int) -> np.ndarray | None:
+    """The ``count`` bits from bit ``first`` on, as a bool array; None if none of them is set, nor others of their words."""
+    part = words[first // 64 : -(-(first + count) // 64)]
+    return to_bits(part, part.size * 64)[first % 64 :][:count] if part.any() else None
+
+
+def count_bits(words: np.ndarray) -> int:
+    """How many bits are set."""
+    return int(np.bitwise_count(words).sum())
 
 
 # ---- declaring memory ------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from kvmbook.model.spte import (
 FIRST_TABLE_PFN = 1 << 37
 RMAPS, TDP = False, True  # the two sides; `Root.tdp_mmu` says which
 LEVELS = PG_LEVEL_4K, KVM_MAX_HUGEPAGE_LEVEL
+AT_ONCE = 1 << 19  # SPTEs that a pass works at a time
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,21 @@ class Root:
 @dataclass
 class PageTable:
     """512 SPTEs, a uint64 array of shape (512,). Entry i maps the gfns from ``base_gfn + i * pages_per_level(level)``.
+
+    ``rows``: the array of shape (n, 512) in which it lies, in row ``row``. A split of n huge pages beside each other makes n
+    tables whose frames and gfns follow each other; all others are alone in theirs.
     Source: mmu/mmu_internal.h: struct kvm_mmu_page, v5.19."""
 
     pfn: int
     root: Root
     level: int
     base_gfn: int
-    sptes: np.ndarray
+    rows: np.ndarray
+    row: int = 0
+
+    @property
+    def sptes(self) -> np.ndarray:
+        return np.asarray(self.rows[self.row])
 
     @property
     def direct(self) -> bool:
@@ -71,10 +80,19 @@ class PageTable:
     def gfn(self, index: int) -> int:
         return self.base_gfn + index * pages_per_level(self.level)
 
-    def mapped(self, start: int, end: int) -> np.ndarray:
-        """The indices of what is present, from the entry that covers ``start`` to the last that begins before ``end``."""
-        first, last = max(self.index(start), 0), -(-(end - self.base_gfn) // pages_per_level(self.level))
-        return first + np.flatnonzero(self.sptes[first : max(last, 0)] & np.uint64(SPTE_MMU_PRESENT_MASK))
+
+class Stretch(NamedTuple):
+    """SPTEs beside each other, of one table or of tables that follow each other. ``first``: where they begin, counted in
+    entries from the first table of their array, ``table``. ``words``: they themselves, to read and to write."""
+
+    table: PageTable
+    first: int
+    words: np.ndarray
+
+    @property
+    def gfn(self) -> int:
+        """The first gfn that the first of them maps."""
+        return self.table.gfn(self.first)
 
 
 class Sptep(NamedTuple):
@@ -94,11 +112,12 @@ class Found(NamedTuple):
 
 @dataclass
 class PageTables:
-    """All trees of a VM, by the frame of each table."""
+    """All trees of a VM: ``tables`` by the frame of each, ``runs`` of those that lie in one array the first."""
 
     fmt: SpteFormat
     root_level: int
     tables: dict[int, PageTable] = field(default_factory=dict)
+    runs: dict[int, PageTable] = field(default_factory=dict, compare=False)  # the first table of each array
     roots: dict[Root, int] = field(default_factory=dict)
     next_pfn: int = FIRST_TABLE_PFN
     shadow_root_allocated: bool = False
@@ -106,17 +125,16 @@ class PageTables:
     # ---- one entry --------------------------------------------------------------------------------------------------
 
     def read(self, sptep: Sptep) -> int:
-        return int(self.tables[sptep.table].sptes[sptep.entry])
+        table = self.tables[sptep.table]
+        return int(table.rows[table.row, sptep.entry])
 
     def write(self, sptep: Sptep, spte: int) -> None:
-        self.tables[sptep.table].sptes[sptep.entry] = spte
+        table = self.tables[sptep.table]
+        table.rows[table.row, sptep.entry] = spte
 
     def zap(self, sptep: Sptep) -> None:
         """Let the entry map nothing."""
         self.write(sptep, self.fmt.shadow_nonpresent_value)
-
-    def _maps_page(self, spte: int, level: int) -> bool:
-        return self.fmt.is_shadow_present_pte(spte) and self.fmt.is_last_spte(spte, level)
 
     def walk(self, root: Root, gfn: int, start: int | None = None) -> Found | None:
         """Read down from the root (or from the level-1 table in frame ``start``) to the leaf, or to the first entry that
@@ -159,22 +177,35 @@ class PageTables:
         self.write(sptep, self.fmt.make_nonleaf_spte(child, self.tables[child].root.ad_disabled))
 
     def _new_table(self, root: Root, level: int, base_gfn: int) -> int:
-        pfn = self.next_pfn
-        self.next_pfn += 1
-        sptes = np.full(SPTES_PER_TABLE, self.fmt.shadow_nonpresent_value, np.uint64)
-        self.tables[pfn] = PageTable(pfn, root, level, base_gfn, sptes)
-        return pfn
+        return self._add(
+            root, level, base_gfn, np.full((1, SPTES_PER_TABLE), self.fmt.shadow_nonpresent_value, np.uint64)
+        )
+
+    def _add(self, root: Root, level: int, base_gfn: int, rows: np.ndarray) -> int:
+        """Make tables of ``rows``, whose gfns follow each other, in frames that do. Returns the first frame."""
+        first, size = self.next_pfn, SPTES_PER_TABLE * pages_per_level(level)
+        self.next_pfn += len(rows)
+        for row in range(len(rows)):
+            self.tables[first + row] = PageTable(first + row, root, level, base_gfn + row * size, rows, row)
+        self.runs[first] = self.tables[first]
+        return first
 
     # ---- whole tables -----------------------------------------------------------------------------------------------
 
     def split(self, sptep: Sptep, nx_huge_pages: bool) -> None:
         """Replace a huge leaf by a table of its 512 parts. Source: mmu/tdp_mmu.c: tdp_mmu_split_huge_page(), v5.19."""
-        parent = self.tables[sptep.table]
-        first = self.fmt.make_huge_page_split_spte(self.read(sptep), parent.level, 0, nx_huge_pages)
-        child = self._new_table(parent.root, parent.level - 1, parent.gfn(sptep.entry))
-        size = pages_per_level(parent.level - 1) << PAGE_SHIFT
-        self.tables[child].sptes[:] = np.uint64(first) + np.arange(SPTES_PER_TABLE, dtype=np.uint64) * np.uint64(size)
-        self.link(sptep, child)
+        table = self.tables[sptep.table]
+        self.split_each(Stretch(table, sptep.entry, table.sptes[sptep.entry : sptep.entry + 1]), nx_huge_pages)
+
+    def split_each(self, huge: Stretch, nx_huge_pages: bool) -> None:
+        """The same for each of the huge leaves of a stretch."""
+        parent, level = huge.table, huge.table.level - 1
+        size = pages_per_level(level) << PAGE_SHIFT
+        firsts = each(self.fmt.make_huge_page_split_spte, huge.words, parent.level, 0, nx_huge_pages)
+        rows = firsts[:, np.newaxis] + np.arange(SPTES_PER_TABLE, dtype=np.uint64) * np.uint64(size)
+        child = self._add(parent.root, level, huge.gfn, rows)
+        linked = self.fmt.make_nonleaf_spte(child, parent.root.ad_disabled)
+        huge.words[:] = np.uint64(linked) + (np.arange(len(rows), dtype=np.uint64) << np.uint64(PAGE_SHIFT))
 
     def unlink(self, sptep: Sptep) -> tuple[list[int], list[int]]:
         """Cut the entry off and freeze all that hangs below it. Returns the frames of the tables to free after a flush
@@ -197,38 +228,55 @@ class PageTables:
         return freed, dropped
 
     def free(self, frames: list[int]) -> None:
-        """Give tables back. The caller has flushed."""
+        """Give tables back. The caller has flushed. (An array goes with its last table: until then nothing in the rows of
+        those that went is present.)"""
         for pfn in frames:
             del self.tables[pfn]
+        self.runs = {pfn: first for pfn, first in self.runs.items() if self._lives(first)}
+
+    def _lives(self, first: PageTable) -> bool:
+        return any(pfn in self.tables for pfn in range(first.pfn, first.pfn + len(first.rows)))
 
     def zap_all(self) -> bool:
         """Forget every tree. Whether there was more than bare roots, so that the caller must flush."""
         linked = len(self.tables) > len(self.roots)
         self.tables.clear()
+        self.runs.clear()
         self.roots.clear()
         return linked
 
     # ---- who maps these gfns ----------------------------------------------------------------------------------------
 
+    def stretches(self, side: bool, start: int, end: int, levels: tuple[int, int] = LEVELS) -> Iterator[Stretch]:
+        """Yield all entries of one side that map gfns of [start, end), or could, at these levels. Each walk over a slot is
+        made of this. Source: mmu/tdp_iter.h: for_each_tdp_pte_min_level(), mmu/mmu.c: for_each_slot_rmap_range(),
+        arch/x86/include/asm/kvm_host.h: struct kvm_rmap_head, v5.19."""
+        for table in list(self.runs.values()):
+            if table.root.tdp_mmu is side and levels[0] <= table.level <= levels[1]:
+                words = table.rows.reshape(-1)
+                first, last = max(table.index(start), 0), -(-(end - table.base_gfn) // pages_per_level(table.level))
+                last = min(last, words.size)
+                for at in range(first, last, AT_ONCE):
+                    yield Stretch(table, at, words[at : min(at + AT_ONCE, last)])
+
     def leaves(
         self, side: bool, start: int, end: int, levels: tuple[int, int] = LEVELS
-    ) -> list[tuple[PageTable, np.ndarray]]:
-        """Return, for each table of one side with present leaves over gfns of [start, end), at these levels: the table, and
-        the indices of those leaves. Source: mmu/tdp_iter.h: for_each_tdp_pte_min_level(), mmu/mmu.c:
-        for_each_slot_rmap_range(), arch/x86/include/asm/kvm_host.h: struct kvm_rmap_head, v5.19."""
-        found = []
-        for table in self.tables.values():
-            apart = end <= table.base_gfn or table.gfn(SPTES_PER_TABLE) <= start
-            if table.root.tdp_mmu is side and levels[0] <= table.level <= levels[1] and not apart:
-                mapped = table.mapped(start, end)
-                leaf = each(self._maps_page, table.sptes[mapped], table.level)
-                if leaf.any():
-                    found.append((table, mapped[leaf]))
-        return found
+    ) -> Iterator[tuple[PageTable, np.ndarray]]:
+        """Yield, for each table of one side with present leaves over gfns of [start, end), at these levels: the table, and
+        the indices of those leaves."""
+        for run, first, words in self.stretches(side, start, end, levels):
+            for row in range(first // SPTES_PER_TABLE, -(-(first + words.size) // SPTES_PER_TABLE)):
+                begin = max(first - row * SPTES_PER_TABLE, 0)
+                table, last = self.tables.get(run.pfn + row), first + words.size - row * SPTES_PER_TABLE
+                entries = run.rows[row, begin:last]
+                present = np.flatnonzero(entries & np.uint64(SPTE_MMU_PRESENT_MASK))
+                leaf = each(self.fmt.maps_page, entries[present], run.level)
+                if table is not None and leaf.any():
+                    yield table, begin + present[leaf]
 
     def every_leaf(self, start: int = 0, end: int = 1 << 52) -> Iterator[tuple[Sptep, PageTable, int, int]]:
         """Yield (place, table, first gfn, spte) of each present leaf of both sides that maps gfns of [start, end)."""
         for side in (RMAPS, TDP):
-            for table, indices in self.leaves(side, start, end):
+            for table, indices in list(self.leaves(side, start, end)):
                 for index in indices.tolist():
                     yield Sptep(table.pfn, index), table, table.gfn(index), int(table.sptes[index])

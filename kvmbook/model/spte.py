@@ -195,6 +195,11 @@ class SpteFormat:
         """Whether a present entry of a table at ``level`` maps a page and not a table. Source: mmu/spte.h, v5.19."""
         return level == PG_LEVEL_4K or self.is_large_pte(spte)
 
+    def maps_page(self, spte: int, level: int) -> bool:
+        """Whether an entry of a table at ``level`` is a present leaf: what a pass looks for.
+        Source: mmu/tdp_mmu.c: tdp_root_for_each_leaf_pte(), v5.19."""
+        return self.is_shadow_present_pte(spte) and self.is_last_spte(spte, level)
+
     def is_executable_pte(self, spte: int) -> bool:
         """Whether hardware lets the guest fetch instructions through it. Source: mmu/spte.h, v5.19."""
         return spte & (self.shadow_x_mask | self.shadow_nx_mask) == self.shadow_x_mask

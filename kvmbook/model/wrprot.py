@@ -19,21 +19,24 @@ from kvmbook.model.memslots import MemorySlot
 from kvmbook.model.page_tables import RMAPS, TDP
 from kvmbook.model.spte import KVM_MAX_HUGEPAGE_LEVEL, PG_LEVEL_2M, PG_LEVEL_4K, pages_per_level
 
+HUGE = PG_LEVEL_2M, KVM_MAX_HUGEPAGE_LEVEL
 
-def kvm_arch_mmu_enable_log_dirty_pt_masked(m: Machine, slot: MemorySlot, gfns: list[int]) -> None:
-    """Make the next write to each of ``gfns`` (ascending) visible again. The caller flushes, whatever changed.
-    Source: mmu/mmu.c, v5.19."""
-    if slot.as_id or not gfns:
+
+def kvm_arch_mmu_enable_log_dirty_pt_masked(m: Machine, slot: MemorySlot, gfn_offset: int, mask: np.ndarray) -> None:
+    """Make the next write to some pages visible again: those whose bits are set in ``mask``, words of a bitmap of which bit 0
+    is the page ``gfn_offset`` of the slot. The caller flushes, whatever changed. Source: mmu/mmu.c, v5.19."""
+    if slot.as_id or not mask.any():
         return
-    if m.initially_set:
-        _protect_huge_pages(m, gfns[0], gfns[-1])
+    start = slot.base_gfn + gfn_offset
+    end = min(start + mask.size * 64, slot.end_gfn)
+    if m.initially_set and any(True for side in (RMAPS, TDP) for _ in m.page_tables.leaves(side, start, end, HUGE)):
+        for number in np.flatnonzero(mask).tolist():
+            word, at = int(mask[number]), start + number * 64
+            _protect_huge_pages(m, at + (word & -word).bit_length() - 1, at + word.bit_length() - 1)
     pml, small = bool(m.hardware.pml_entries), (PG_LEVEL_4K, PG_LEVEL_4K)
     rmap_rule = m.fmt.rmap_clear_dirty if pml else m.fmt.spte_write_protect
-    tdp_rule = partial(m.fmt.tdp_clear_dirty, wrprot=not pml)
-    for run in np.split(gfns, np.flatnonzero(np.diff(gfns) != 1) + 1):
-        start, end = int(run[0]), int(run[-1]) + 1
-        m.update_leaves(RMAPS, start, end, rmap_rule, small)
-        m.update_leaves(TDP, start, end, tdp_rule, small)
+    m.update_leaves(RMAPS, start, end, rmap_rule, small, mask)
+    m.update_leaves(TDP, start, end, partial(m.fmt.tdp_clear_dirty, wrprot=not pml), small, mask)
 
 
 def _protect_huge_pages(m: Machine, first: int, last: int) -> None:

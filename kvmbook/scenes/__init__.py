@@ -1,9 +1,9 @@
 """The runs that chapters tell, and words for what they show: pure functions from a few settings to results.
 
 `enabling` is the story of chapters 01 and 08, `slots` of chapter 02, `words` and `decoding` of chapter 03, `remembering` of
-chapter 04, `writes` of chapter 05, `ageing` of chapter 06, `faulting` of chapter 07, `reasons` of chapter 09, `relaxing` of
-chapter 14, `beside` of chapter 15, `losses` of chapter 16; `runs` retells any run moment by moment. For notebooks, for
-views, which draw the results, and for exercises, which ask about them.
+chapter 04, `writes` of chapter 05, `ageing` of chapter 06, `faulting` of chapter 07, `reasons` of chapter 09, `store`,
+`migration` and `chances` of chapter 12, `relaxing` of chapter 14, `beside` of chapter 15, `losses` of chapter 16; `runs`
+retells any run moment by moment. For notebooks, for views, which draw the results, and for exercises, which ask about them.
 """
 
 from kvmbook.model import (
@@ -31,6 +31,20 @@ from kvmbook.scenes.ageing import (
     measure,
 )
 from kvmbook.scenes.beside import ASKED, CPUS, MODELS, Beside, SideBySide, reproduces, side_by_side
+from kvmbook.scenes.chances import (
+    AGEINGS,
+    FLUSHED,
+    IDLE,
+    LIVES,
+    LUCKY,
+    SEEDS,
+    WRONG,
+    Chance,
+    Life,
+    chance,
+    kept,
+    move,
+)
 from kvmbook.scenes.decoding import (
     HELPERS,
     NOT_ASKED,
@@ -88,6 +102,18 @@ from kvmbook.scenes.losses import (
     overlooked,
     retell_litmus,
     up,
+)
+from kvmbook.scenes.migration import (
+    CHUNK,
+    MODES,
+    Call,
+    Instant,
+    Migrated,
+    Round,
+    Setting,
+    Wrong,
+    copied,
+    migrate,
 )
 from kvmbook.scenes.museum import (
     HIDDEN,
@@ -181,6 +207,19 @@ from kvmbook.scenes.slots import (
     refusals,
     region,
     what_changes,
+)
+from kvmbook.scenes.store import (
+    DELETED,
+    INDEX,
+    LOG,
+    RECORDS,
+    AtRest,
+    Clients,
+    Memory,
+    Request,
+    Script,
+    Store,
+    Workload,
 )
 from kvmbook.scenes.words import LEAVES, PFN, after_read, broken_rule, is_legal, named_words
 from kvmbook.scenes.writes import (

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from kvmbook.model import Hardware, Kernel, PageFault, SpteFormat, TlbEntry, Vm
+from kvmbook.model import ClearDirtyLog, GetDirtyLog, Hardware, Kernel, Operation, PageFault, SpteFormat, TlbEntry, Vm
 from kvmbook.scenes.enabling import is_stale, spte_state, tlb_state
 from kvmbook.search import Action, Grain, Result, Search, Space, act, ioctl_of, smallest_vm, space_of
 
@@ -93,13 +93,13 @@ def now_of(vm: Vm, numbers: Iterable[int] = (), l2: bool = False, harmed: Collec
     slot, missed = vm.memslots.slots[0, 0], set(vm.missed_dirty(0).tolist()) if harmed is None else harmed
     noted = {page for vcpu in vm.vcpus if vcpu.dirty_ring is not None for page in vcpu.dirty_ring.news}
     operation = ioctl_of(vm)
-    taken = getattr(operation, "taken", ())
+    held = operation if isinstance(operation, GetDirtyLog | ClearDirtyLog) else Operation()
     pages = [
         _page(
             vm.fmt,
             vm.spte(gfn, l2),
             str(int(slot.test_bit(gfn) or (0, number) in noted)) if slot.logs_dirty else "-",
-            gfn in taken,
+            held.covers(slot, gfn),
             [vcpu.tlb.lookup(vm.root(l2).name, gfn) for vcpu in vm.vcpus],
             [gfn in vcpu.pml for vcpu in vm.vcpus],
             gfn in missed,

@@ -29,7 +29,6 @@ from kvmbook.model import (
     Outcome,
     SetUserMemoryRegion,
     Vm,
-    bit_offsets,
     step,
 )
 from kvmbook.scenes.enabling import BASE_GFN
@@ -337,19 +336,19 @@ class ProtectFirst(GetDirtyLog):
     @step(lock="write", keeps=True)
     def find_words(self, m: Machine) -> None:
         super().find_words(m)
-        self.todo = ["protect_first"] if self.words else self.ending(False)
+        self.todo = ["protect_first"] if self.words.size else self.ending(False)
 
     @step(lock="write", keeps=True)
     def protect_first(self, m: Machine) -> None:
         """Take W from the pages of the next word; its bits stay in the bitmap for now."""
         assert self.slot is not None
-        word = self.words[0]
-        self.word_gfns = [self.slot.base_gfn + word * 64 + bit for bit in bit_offsets(int(self.live[word]))]
+        self.offset = int(self.words[0])
+        self.mask = self.live[self.offset : self.offset + 1].copy()
         self.rearm(m)
         self.todo = ["take_bits"]
 
     @step(lock="write", keeps=True)
     def take_bits(self, m: Machine) -> str:
         said = super().take_bits(m)
-        self.todo = ["protect_first"] if self.words else self.ending(bool(self.taken))
+        self.todo = ["protect_first"] if self.words.size else self.ending(bool(self.taken.any()))
         return said

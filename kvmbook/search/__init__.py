@@ -11,6 +11,8 @@ search itself: `python -m kvmbook.search`. For chapter 16, and for whoever chang
 
 The museum has twelve lost writes of the past: `cast` moves actors that the others do not have, `museum` has the exhibits.
 For chapter 13.
+
+`sweep` makes one run for many seeds and settings, here or on any executor. For whoever wants to know how often, not whether.
 """
 
 from kvmbook.search.anynumber import AnyNumber, Verdict, any_number
@@ -19,7 +21,7 @@ from kvmbook.search.cells import BLANK_VIEW, Cells, control_of, ioctl_of, view_o
 from kvmbook.search.configurations import Configuration, Slot, every
 from kvmbook.search.explore import Result, Search, explore
 from kvmbook.search.flush_rules import BITS, BitRule, Leaf, all_rules, as_bits, cost, least, leaves_met, sound_rules
-from kvmbook.search.hunt import Covered, Hunt, Met, hunt, hunt_at_random, hunt_one
+from kvmbook.search.hunt import Covered, Hunt, Met, hunt, hunt_at_random, hunt_one, runs_at_random
 from kvmbook.search.known_faults import KNOWN_FAULTS, Fault, fault_of, faults_in, loses, play, repaired
 from kvmbook.search.litmus import Litmus, read_litmus
 from kvmbook.search.museum import BUG, CONFUSIONS, EXHIBITS, Calls, Exhibit, Found, Interleavings, Moves
@@ -30,5 +32,6 @@ from kvmbook.search.recorder import Recorder
 from kvmbook.search.schedule import Action, Grain, Moving, act, plain_search, possible, search_plainly, smallest_vm
 from kvmbook.search.selftest import FORMS, c_program, left_to_chance
 from kvmbook.search.space import Space, space_of
+from kvmbook.search.sweep import Done, Run, Sweep, SweepError, Workers, stream, sweep
 from kvmbook.search.tables import EXIT, PageSteps, Pairs
 from kvmbook.search.userspace import INTERRUPTED, Play

@@ -38,6 +38,7 @@ from kvmbook.model import (
     TlbEntry,
     VcpuState,
     Vm,
+    no_words,
 )
 from kvmbook.search.schedule import BASE_GFN, Action, Grain, act, possible, smallest_vm, steps_left_out
 
@@ -138,7 +139,7 @@ def control_of(vm: Vm) -> Control:
     operation, said = ioctl_of(vm), None
     if operation is not None:
         learned = [getattr(operation, name, None) for name in ("flush", "cursor")]
-        words = tuple(getattr(operation, "words", ()))
+        words = tuple(np.asarray(getattr(operation, "words", ())).tolist())
         said = type(operation).__name__, tuple(operation.todo), operation.lock, *learned, words
     return Control(said, vm.memslots.slots[0, 0].logs_dirty, bool(vm.watched), vm.nr_memslots_dirty_logging)
 
@@ -146,7 +147,7 @@ def control_of(vm: Vm) -> Control:
 def word_of(vm: Vm, page: int = 0) -> Word:
     """The word of one of its pages."""
     gfn, slot = BASE_GFN + page, vm.memslots.slots[0, 0]
-    taken = gfn in getattr(ioctl_of(vm), "taken", ())
+    taken = (operation := ioctl_of(vm)) is not None and operation.covers(slot, gfn)
     return Word(_moved(vm.spte(gfn), -page), slot.test_bit(gfn), taken, gfn in vm.written)
 
 
@@ -252,8 +253,8 @@ class Cells:
         if slot.dirty_bitmap is not None:
             slot.dirty_bitmap[:, 0] = word.live << page, word.taken << page
         if isinstance(operation, GetDirtyLog) and word.taken:
-            operation.taken = [gfn]
-            operation.word_gfns = [gfn] if operation.todo[0] == "rearm" else []
+            operation.taken = np.array([1 << page], np.uint64)
+            operation.mask = operation.taken if operation.todo[0] == "rearm" else no_words()
         vm.written = {gfn} if word.written else set()
         vcpu.tlb.entries = {} if view.tlb is None else {("L1", gfn, 1): view.tlb._replace(pfn=view.tlb.pfn + page)}
         vcpu.pml = [gfn] if view.pml else []
@@ -361,7 +362,7 @@ def _independent(operation: Operation | None) -> Operation | None:
     made = copy.copy(operation)
     made.todo, made.result = list(operation.todo), None
     if isinstance(made, GetDirtyLog):
-        made.words, made.taken, made.word_gfns = list(made.words), [], []
+        made.words, made.taken, made.mask = made.words.copy(), np.zeros_like(made.taken), no_words()
     return made
 
 

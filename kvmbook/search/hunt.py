@@ -19,10 +19,10 @@ from dataclasses import dataclass, field, replace
 from itertools import count, groupby, repeat
 from typing import Any, NamedTuple
 
-from kvmbook.model import Kernel
+from kvmbook.model import Hardware, Kernel
 from kvmbook.search.configurations import Configuration, every
 from kvmbook.search.known_faults import fault_of
-from kvmbook.search.litmus import Litmus
+from kvmbook.search.litmus import Litmus, Made
 from kvmbook.search.playing import Call
 from kvmbook.search.userspace import Play
 
@@ -152,16 +152,21 @@ def hunt_at_random(
 ) -> tuple[Litmus | None, int]:
     """Make longer runs at random, of up to ``longest`` calls, on odder slots, until one loses a write or ``seconds`` are
     over. Returns that run, shrunk, or None; and how many runs were made. ImportError without Hypothesis."""
-    try:
-        from kvmbook.search.random_runs import losing_run
-    except ImportError:
-        raise ImportError("runs at random are made and shrunk by Hypothesis: pip install hypothesis") from None
     begin, made = time.monotonic(), 0
     for batch in count(seed):
         if time.monotonic() - begin >= seconds:
             break
-        litmus, more = losing_run(kernel, longest, batch)
-        made += more
+        litmus, runs, _ = runs_at_random(kernel, seed=batch, longest=longest)
+        made += runs
         if litmus is not None:
             return replace(litmus, fault=fault_of(litmus.configuration, litmus.run)), made
     return None, made
+
+
+def runs_at_random(kernel: Kernel, hardware: Hardware | None = None, *, seed: int = 1, longest: int = 20) -> Made:
+    """Some hundred of them, on any hardware or on this one. ImportError without Hypothesis."""
+    try:
+        from kvmbook.search.random_runs import losing_run
+    except ImportError:
+        raise ImportError("runs at random are made and shrunk by Hypothesis: pip install hypothesis") from None
+    return losing_run(kernel, longest, seed, hardware)

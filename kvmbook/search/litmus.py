@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -105,6 +105,14 @@ class Litmus:
         recorder = Recorder(self.configuration.bare(), f"A run on {self.configuration.hardware.name}")
         self.made_on(recorder)
         return recorder.to_selftest(form)
+
+
+class Made(NamedTuple):
+    """``litmus``: a run that loses a write, or None; and how many ``runs`` were made, of how many ``steps`` of the model."""
+
+    litmus: Litmus | None
+    runs: int
+    steps: int
 
 
 def _on_slot(call: Call, old: Slot, new: Slot) -> Call:

@@ -1,5 +1,5 @@
 """Runs at random: longer than anybody can try all of, on odder slots, with what is done more rarely. Hypothesis makes
-them, and shrinks one that loses a write. Only `hunt_at_random` comes here, for Hypothesis is no need of the package
+them, and shrinks one that loses a write. Only `runs_at_random` comes here, for Hypothesis is no need of the package
 itself."""
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any
 import hypothesis
 from hypothesis import strategies as st
 
-from kvmbook.model import Kernel
+from kvmbook.model import Hardware, Kernel
 from kvmbook.search.configurations import BORDER, HUGE, OPTIONS, Configuration, Slot
-from kvmbook.search.litmus import Litmus
+from kvmbook.search.litmus import Litmus, Made
 from kvmbook.search.userspace import Play
 
 Draw = Callable[[Any], Any]
@@ -23,29 +23,32 @@ QUIET = hypothesis.settings(
 )
 
 
-def losing_run(kernel: Kernel, longest: int, seed: int) -> tuple[Litmus | None, int]:
-    """Make `BATCH` runs of up to ``longest`` calls, more to shrink one that loses a write. Returns it, or None; and how
-    many were made."""
-    made = 0
+def losing_run(kernel: Kernel, longest: int, seed: int, hardware: Hardware | None = None) -> Made:
+    """Make `BATCH` runs of up to ``longest`` calls, on any hardware or on this, and more to shrink one that loses a write."""
+    runs = steps = 0
 
-    def loses(run: Callable[[], Litmus]) -> bool:
-        nonlocal made
-        made += 1
-        return bool(run().lost)
+    def loses(made: Callable[[], tuple[Litmus, int]]) -> bool:
+        nonlocal runs, steps
+        litmus, took = made()
+        runs += 1
+        steps += took
+        return bool(litmus.lost)
 
+    fixed = {} if hardware is None else {"hardware": st.just(hardware)}
     try:
-        runs = st.composite(lambda draw: _run(draw, kernel, longest))()
-        found = hypothesis.find(runs, loses, settings=QUIET, random=random.Random(seed))
+        any_run = st.composite(lambda draw: _run(draw, kernel, longest, fixed))()
+        found = hypothesis.find(any_run, loses, settings=QUIET, random=random.Random(seed))
     except hypothesis.errors.NoSuchExample:
-        return None, made
-    return found(), made
+        return Made(None, runs, steps)
+    return Made(found()[0], runs, steps)
 
 
-def _run(draw: Draw, kernel: Kernel, longest: int) -> Callable[[], Litmus]:
-    """A run, up to where it first loses a write; as a function, of which Hypothesis prints nothing (it would print every
-    field of every field)."""
-    values = {name: draw(st.sampled_from(options)) for name, options in OPTIONS.items() if name != "slot"}
-    configuration = Configuration(kernel, **values | {"vcpus": draw(st.integers(1, 3)), "slot": draw(_slots())})
+def _run(draw: Draw, kernel: Kernel, longest: int, fixed: dict[str, Any]) -> Callable[[], tuple[Litmus, int]]:
+    """A run, up to where it first loses a write, and the steps of the model that it took; as a function, of which Hypothesis
+    prints nothing (it would print every field of every field)."""
+    fields = {name: st.sampled_from(options) for name, options in OPTIONS.items()}
+    fields |= {"vcpus": st.integers(1, 3), "slot": _slots(), **fixed}
+    configuration = Configuration(kernel, **{name: draw(field) for name, field in fields.items()})
     hypothesis.assume(configuration.makes_sense)
     play, run = Play.start(configuration), []
     for _ in range(draw(st.integers(0, longest))):
@@ -53,8 +56,8 @@ def _run(draw: Draw, kernel: Kernel, longest: int) -> Callable[[], Litmus]:
         play.do(run[-1])
         if play.lost():
             break
-    litmus = Litmus(configuration, tuple(run), play.lost())
-    return lambda: litmus
+    litmus, steps = Litmus(configuration, tuple(run), play.lost()), len(play.vm.log)
+    return lambda: (litmus, steps)
 
 
 @st.composite

@@ -26,6 +26,7 @@ from kvmbook.model import (
     Operation,
     PageFault,
     Vm,
+    no_words,
 )
 
 BASE_GFN = 0x200
@@ -170,8 +171,8 @@ def forget_history(vm: Vm) -> None:
             _forget_what_the_fault_saw(operation)
             _forget_bitmap(operation.slot, slot)
         elif isinstance(operation, GetDirtyLog):
-            taken = bool(operation.taken)
-            operation.word_gfns = operation.word_gfns if operation.todo[0] == "rearm" else []
+            taken = bool(operation.taken.any())
+            operation.mask = operation.mask if operation.todo[0] == "rearm" else no_words()
         else:
             _forget_bitmap(getattr(operation, "old", None), slot)
     if slot.dirty_bitmap is not None and not taken:

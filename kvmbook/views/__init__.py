@@ -11,7 +11,7 @@ from kvmbook.views.book_map import book_map
 from kvmbook.views.drawing import INK, LOOK, Picture
 from kvmbook.views.enabling_panels import lose_a_write, who_flushes_where
 from kvmbook.views.faulting_panel import follow_one_access, path_picture
-from kvmbook.views.figures import plot_missed, plot_rules, timeline_picture
+from kvmbook.views.figures import plot_chances, plot_missed, plot_rules, timeline_picture
 from kvmbook.views.guess import Guess, NumberGuess, ShapeGuess
 from kvmbook.views.inspector import (
     PATTERNS,
@@ -24,6 +24,7 @@ from kvmbook.views.inspector import (
     spte_inspector,
 )
 from kvmbook.views.losses_panel import which_word_loses, word_picture
+from kvmbook.views.migration_panel import migration_picture, move_a_guest
 from kvmbook.views.museum_panel import confusions_picture, curator, proof_picture
 from kvmbook.views.panel import Again, Panel, View, search_progress, step_through
 from kvmbook.views.quiz import Quiz

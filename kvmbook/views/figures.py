@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from kvmbook.scenes import Moment, Scene
+from kvmbook.scenes import Chance, Moment, Scene
 from kvmbook.views.drawing import INK, LOOK, LOST, Picture, block, box, svg, text
 
 if TYPE_CHECKING:
@@ -230,6 +230,20 @@ def plot_missed(ax: Axes, xs: Sequence[int], missed: Mapping[str, Sequence[int]]
     ax.tick_params(labelsize=13)
     ax.grid(alpha=0.3)
     ax.legend(title="flush rule", fontsize=12, title_fontsize=12)
+
+
+def plot_chances(ax: Axes, idle: Sequence[float], chances: Mapping[str, Sequence[Chance]], title: str) -> None:
+    """Draw how often guests arrive wrong, against how idle they are: a line each, with its 95 % band around it."""
+    for mark, (label, line) in zip("osD^v", chances.items(), strict=False):
+        low, high = zip(*(chance.band for chance in line), strict=True)
+        (drawn,) = ax.plot(idle, [chance.share for chance in line], marker=mark, label=label, linewidth=2, markersize=8)
+        ax.fill_between(idle, low, high, alpha=0.25, color=drawn.get_color())
+    ax.set_title(title, fontsize=14)
+    ax.set_xlabel("how idle the guest is", fontsize=13)
+    ax.set_ylabel("wrong at the destination", fontsize=13)
+    ax.label_outer()
+    ax.tick_params(labelsize=12)
+    ax.grid(visible=True, alpha=0.3)
 
 
 def plot_rules(
