@@ -1,8 +1,9 @@
 # `make lab` opens the book, `make test` runs every test, `make book` builds its pages. Each installs what it needs into .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
+MEASURED := search helpers slots sweep panels
 
-.PHONY: lab edit check test book slides pdf run benchmark soak real-bug clean install-lab install-book install-test
+.PHONY: lab edit check test book slides pdf run benchmark $(MEASURED) soak real-bug clean install-lab install-book install-test
 
 # A reader's own copy of the book, in reading/; `make edit` opens the sources.
 lab: install-lab
@@ -39,8 +40,12 @@ run: install-book
 	$(BIN)/python tools/minutes.py --store
 	$(BIN)/python tools/store_outputs.py notebooks/index.ipynb
 
+# Ratios, measured in one run; `make benchmark search slots` some of them, OPTIONS=--store puts the tables into README.md.
 benchmark: install-test
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks $(filter $(MEASURED),$(MAKECMDGOALS)) $(OPTIONS)
+
+$(MEASURED): benchmark
+	@:
 
 # A million steps of random runs on each kind of hardware, in some 30 minutes; goes on where it was interrupted.
 soak: install-test

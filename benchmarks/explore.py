@@ -4,23 +4,25 @@
 SPIN gets a generated model with tables in C (`benchmarks.promela`) and the options that were fastest. All sides are one
 thread. Times are medians; a side whose first run takes more than a minute runs once. Ratios are of CPU times, which other
 work on the machine disturbs less; on an idle one they are the same. Memory is the peak of the process, for ours with the
-interpreter and numpy, and numba where the loops are compiled. `python -m benchmarks.explore 0 1` has the first two
-instances only, which takes less than a minute.
+interpreter and numpy, and numba where the loops are compiled. "From nothing" is what somebody waits for who asks: for SPIN
+with writing and compiling the model, for ours with the tables and numba's loops. `python -m benchmarks.explore 0 1` has the
+first two instances only, which takes less than a minute.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from benchmarks.promela import BREADTH_FIRST, FAST, Measured, Verifier, measured, missing
+from benchmarks import report
+from benchmarks.promela import Measured, Verifier, measured, missing
 from kvmbook import FlushPolicy, Hardware, Kernel
 from kvmbook.model import numba_is_there
 from kvmbook.search import (
@@ -188,11 +190,12 @@ def spin_trail(spin: Verifier) -> Found:
 Sides = dict[str, Callable[[], Found]]
 
 
-def in_turns(sides: Sides, rounds: int) -> dict[str, list[Found]]:
+def in_turns(title: str, sides: Sides, rounds: int) -> dict[str, list[Found]]:
     """Each side once, then each once more, and so on."""
     found: dict[str, list[Found]] = {name: [] for name in sides}
-    for _ in range(rounds):
+    for turn in range(rounds):
         for name, run in sides.items():
+            report.progress(f"{title}: {name}, {turn + 1} of {rounds}")
             if not found[name] or found[name][0].seconds < ONCE:
                 found[name].append(run())
     return found
@@ -205,7 +208,7 @@ def agree(found: dict[str, list[Found]]) -> None:
         assert len(said) <= 1, f"{what}: {said}"
 
 
-Cost = Callable[[Found], tuple[float, float]]  # seconds, or 0 where only CPU time is told; and CPU seconds
+Cost = Callable[[Found], tuple[float, float]]  # seconds, and CPU seconds
 
 
 def alone(run: Found) -> tuple[float, float]:
@@ -216,49 +219,76 @@ def with_tables(run: Found) -> tuple[float, float]:
     return run.seconds + run.extra, run.cpu + run.extra
 
 
-def with_loading(run: Found) -> tuple[float, float]:
-    return run.seconds + run.extra + run.loading, run.cpu + run.extra + run.loading
+def from_nothing(run: Found) -> tuple[float, float]:
+    """For SPIN with writing and compiling the model; for ours with numba's loops, or as `explore` is asked."""
+    whole = run.seconds + run.extra + run.loading, run.cpu + run.extra + run.loading
+    return (run.asked, run.asked) if run.asked else whole
 
 
-def all_of_it(run: Found) -> tuple[float, float]:
-    return run.asked, run.asked
-
-
-ROWS: list[tuple[str, Cost, str, str, str]] = [  # side, what is counted, task, compared with, remark
-    ("spin_count", alone, "count, verdict: SPIN, depth first", "spin_count", "visits states one by one, hash table"),
-    ("spin_count", with_tables, "  with writing and compiling it", "spin_count", ""),
-    ("products", alone, "count, verdict: products", "spin_count", "pages are independent: visits no states"),
-    ("products", with_tables, "  with the tables", "spin_count", ""),
-    ("search", alone, "count, verdict: Search", "spin_count", "does the whole search below"),
-    ("spin_levels", alone, "depth: SPIN, -DBFS", "spin_levels", ""),
-    ("search", alone, "depth, shortest run: Search", "spin_levels", "a state is a number: one byte each"),
-    ("search", with_tables, "  with the tables", "spin_levels", ""),
-    ("search", with_loading, "  and with loading numba's loops", "spin_levels", ""),
-    ("plain", alone, "depth, shortest run: plain search", "spin_levels", "copies and steps whole VMs"),
-    ("spin_trail", alone, "shortest run only: SPIN, -DBFS", "spin_trail", "stops at the first loss"),
-    ("loss", alone, "shortest run only: kvmbook", "spin_trail", "ends the level in which the loss lies"),
-    ("loss", all_of_it, "  asked in a new process", "spin_trail", "runs the model, makes the tables, loads loops"),
+TASKS = [  # what is asked, and which sides answer it: SPIN's, ours
+    ("count, verdict", "spin_count", "products"),
+    ("depths, shortest run", "spin_levels", "search"),
+    ("depths, plain search", "spin_levels", "plain"),
+    ("shortest run only", "spin_trail", "loss"),
 ]
+HEAD = (
+    "states",
+    "what",
+    "SPIN's search",
+    "ours",
+    "x",
+    "with our tables",
+    "x",
+    "from nothing, SPIN / ours",
+    "x",
+    "MiB, SPIN / ours",
+)
 
 
-def table(found: dict[str, list[Found]]) -> None:
-    states = next(run.states for runs in found.values() for run in runs if run.states is not None)
-    print(f"  {'':36}{'runs':>4}{'seconds':>10}{'CPU s':>8}{'states/s':>14}{'x SPIN':>9}{'MiB':>7}{'B/state':>9}")
-    for side, cost, task, against, remark in ROWS:
-        if side in found and (cost is not with_loading or found[side][0].loading > 0.01):
-            runs = found[side]
-            seconds, cpu = (statistics.median(column) for column in zip(*map(cost, runs), strict=True))
-            spin = statistics.median(run.cpu for run in found[against]) if against in found else None
-            ratio = "-" if spin is None else f"{spin / cpu:.3g}"
-            rate = "-" if against == "spin_trail" else f"{states / seconds:,.0f}"
-            peak = max(run.peak_bytes for run in runs)
-            memory = f"{peak / 2**20:7,.0f}{peak / states:9,.1f}" if cost is alone else ""
-            print(
-                f"  {task:36}{len(runs):4}{seconds:10.3g}{cpu:8.3g}{rate:>14}{ratio:>9}{memory:16}  {remark}".rstrip()
-            )
+def rows(states: str, found: dict[str, list[Found]]) -> Iterator[list[str]]:
+    """One for each task: medians, and SPIN's as a multiple of ours."""
+    for task, theirs, side in TASKS:
+        if side in found:
+            spin = found.get(theirs, [])
+            searched, made, began = (cost_of(found[side], cost) for cost in (alone, with_tables, from_nothing))
+            both = f"{cost_of(spin, from_nothing)} / {began}" if spin else f"{began}"
+            yield [
+                *(
+                    states,
+                    task,
+                    str(cost_of(spin, alone)) if spin else "-",
+                    str(searched),
+                    times(spin, alone, searched),
+                ),
+                *(str(made) if found[side][0].extra else "", times(spin, alone, made) if found[side][0].extra else ""),
+                *(both, times(spin, from_nothing, began)),
+                " / ".join(
+                    f"{max(run.peak_bytes for run in runs) / 2**20:,.0f}" for runs in (spin, found[side]) if runs
+                ),
+            ]
+            states = ""
 
 
-def one_instance(number: int, with_spin: bool) -> None:
+class Taken(NamedTuple):
+    seconds: float
+    cpu: float
+
+    def __str__(self) -> str:
+        return f"{1000 * self.seconds:.3g} ms" if self.seconds < 0.1 else f"{self.seconds:.3g} s"
+
+
+def cost_of(runs: Sequence[Found], cost: Cost) -> Taken:
+    """The median."""
+    return Taken(*(statistics.median(column) for column in zip(*map(cost, runs), strict=True)))
+
+
+def times(spin: Sequence[Found], cost: Cost, ours: Taken) -> str:
+    """By CPU time."""
+    return f"{cost_of(spin, cost).cpu / ours.cpu:.2g}" if spin else "-"
+
+
+def one_instance(number: int, with_spin: bool) -> list[list[str]]:
+    """Its rows. AssertionError if two sides do not agree."""
     name, instance, loses, rounds = INSTANCES[number]
     sides: Sides = {"search": lambda: ours("search", number)}
     sides["products"] = lambda: ours("products", number)
@@ -275,13 +305,11 @@ def one_instance(number: int, with_spin: bool) -> None:
                 **({"spin_trail": lambda: spin_trail(spin)} if loses else {}),
                 **sides,
             }
-        found = in_turns(sides, rounds)
+        found = in_turns(name, sides, rounds)
     agree(found)
     first = found["search"][0]
     assert first.safe is not loses
-    verdict = "no run loses a write" if first.safe else f"a write is lost in {first.steps} steps"
-    print(f"\n{name}: {first.states:,} states, depth {first.depth}, {verdict}; all sides agree")
-    table(found)
+    return list(rows(f"{first.states:,} ({name})", found))
 
 
 def timed(call: Callable[[], object], rounds: int = 5) -> tuple[float, object]:
@@ -311,20 +339,25 @@ def all_verdicts() -> tuple[float, float]:
     return alone, whole
 
 
-def beyond() -> None:
+def beyond() -> Iterator[list[str]]:
     """What no search state by state does; medians of five."""
-    print("\nWithout SPIN, medians of 5:")
     for pages, vcpus, grain in ((3, 2, Grain.FAULT), (4, 2, Grain.FAULT), (4, 1, Grain.STEP)):
+        report.progress(f"{pages} pages, {vcpus} vCPUs")
         space = space_of(EPT, Kernel.v5_19, pages, vcpus, grain)
         seconds, count = timed(lambda space=space: count_states(space))  # type: ignore[misc]
-        rate = count.states / seconds  # type: ignore[attr-defined]
-        name = f"{pages} pages, {vcpus} vCPU(s), cut by {grain.value}"
-        print(f"  {name:36} {count}: {seconds:.3g} s, {rate:,.0f} states/s")
-    seconds, count = timed(lambda: count_any_size(EPT, Kernel.v5_19, 1 << 18))
-    print(f"  {'2^18 pages, 1 vCPU, cut by access':36} {count}: {seconds:.2f} s with the tables")
+        name = f"{count.states:,} states: {pages} pages, {vcpus} vCPU{'s' * (vcpus > 1)}, cut by {grain.value}"  # type: ignore[attr-defined]
+        yield [f"{name}: count and verdict", f"{seconds:.2f} s"]
+    report.progress("2^18 pages")
+    seconds, _ = timed(lambda: count_any_size(EPT, Kernel.v5_19, 1 << 18))
+    yield ["the exact number of states of a slot of 2^18 pages, with the tables", f"{seconds:.2f} s"]
+    report.progress("all verdicts")
     runs = [all_verdicts() for _ in range(5)]
     searched, whole = (statistics.median(column) for column in zip(*runs, strict=True))
-    print(f"  all verdicts for any number of pages and vCPUs: {searched:.2f} s, with the cells {whole:.2f} s")
+    what = "all verdicts (5 kinds of hardware, 4 flush rules) for any number of pages and vCPUs"
+    yield [what, f"{searched:.2f} s, with the tables {whole:.2f} s"]
+    seconds, cpu = statistics.median(seed().seconds for _ in range(5)), warm()
+    yield ["from `import kvmbook` to the printed run of the seed's bug, a whole process", f"{seconds:.2f} s"]
+    yield ["the same search, asked again in a process that has asked it before", f"{1000 * cpu:.1f} ms"]
 
 
 def seed() -> Measured:
@@ -332,20 +365,22 @@ def seed() -> Measured:
     return measured([sys.executable, "-c", SEED], ROOT)
 
 
-def main(numbers: Sequence[int] = ()) -> None:
-    """All tables, or those of these instances."""
+def warm() -> float:
+    """Seconds of `explore` on the seed's bug, where it was asked before."""
+    return timed(lambda: explore(EPT, Kernel.v5_19, whole=False), rounds=21)[0]
+
+
+def measure(numbers: Sequence[int] = ()) -> str:
+    """All tables, in Markdown, or that of these instances."""
     lacks = missing()
-    print("Every interleaving of a small VM, against the model checker SPIN.")
-    print(f"SPIN is left out, {lacks}" if lacks else f"SPIN compiled with {' '.join(FAST)}, or {BREADTH_FIRST[-1]} too")
-    print(f"on one of {os.cpu_count()} cores; x SPIN: SPIN's CPU time at the same task as a multiple of this side's")
-    for number in numbers or range(len(INSTANCES)):
-        one_instance(number, with_spin=not lacks)
+    found = [row for number in numbers or range(len(INSTANCES)) for row in one_instance(number, with_spin=not lacks)]
+    tables = [report.table(HEAD, found)]
+    if lacks:
+        tables.append(f"SPIN is left out: {lacks}.")
     if not numbers:
-        beyond()
-        runs = [seed() for _ in range(5)]
-        seconds = statistics.median(run.seconds for run in runs)
-        print(f"\nwhole process, from `import kvmbook` to the printed trace of the seed: {seconds:.2f} s, median of 5")
+        tables.append(report.table(["without SPIN", ""], beyond()))
+    return "\n\n".join(tables)
 
 
 if __name__ == "__main__":
-    main([int(number) for number in sys.argv[1:]])
+    print(measure([int(number) for number in sys.argv[1:]]))

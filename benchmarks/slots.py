@@ -6,21 +6,22 @@ The host has huge pages: one write each maps them, and enabling dirty logging sp
 before each turn as fresh writes leave them ("one kind"), or a third of them aged and a third write-protected or cleaned by
 the model's helpers, in random order ("mixed"). The protecting and cleaning passes are timed as the step of enabling that
 they are; all others are the whole call of user space or of the host. Harvests take the bitmap in one step. Their dirty pages
-are random, and set in the bitmap by hand. Below the table: memory, words a page, SPTEs included, at most.
+are random, and set in the bitmap by hand. Memory is in words a page, SPTEs included, at most.
 """
 
 from __future__ import annotations
 
-import statistics
 import sys
-import time
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from unittest.mock import patch
 
 import numpy as np
 
+from benchmarks import report
+from benchmarks.report import timed
 from kvmbook import Hardware, Kernel, Vm
 from kvmbook.model import SpteFormat, each, numba_is_there, to_words
 
@@ -150,12 +151,6 @@ PASSES: list[tuple[str, Hardware, Kernel, Pass]] = [
 ]
 
 
-def timed(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
 def ratio(ready: Pass, slot: Slot) -> float:
     """How long a pass takes, as a multiple of copying the slot's SPTEs."""
     copies = [np.empty_like(sptes) for sptes in slot.sptes]
@@ -167,8 +162,7 @@ def ratio(ready: Pass, slot: Slot) -> float:
     ready(slot)()  # compiles
     copy()
     rounds = 5 if slot.npages > 1 << 22 else 9 if slot.npages > 1 << 18 else 31
-    pairs = [(timed(ready(slot)), timed(copy)) for _ in range(rounds)]
-    return statistics.median(a for a, _ in pairs) / statistics.median(b for _, b in pairs)
+    return report.ratio((timed(ready(slot)), timed(copy)) for _ in range(rounds))
 
 
 def words_a_page(ready: Pass, slot: Slot) -> float:
@@ -180,27 +174,30 @@ def words_a_page(ready: Pass, slot: Slot) -> float:
     return peak / 8 / slot.npages + 1
 
 
-def main(bits: list[int]) -> None:
-    ways = ["compiled", "by kind"] if numba_is_there() else ["by kind"]
-    columns = "".join(f"{f'2^{power}':>7}{'mixed':>7}" for power in bits)
-    print(f"{'pass / copyto':27}" + "".join(f"{way + ':':>10}{columns}" for way in ways) + "    memory")
+def measure(bits: Sequence[int] = (16, 20, 24)) -> str:
+    """A table of ratios, in Markdown: "one kind / mixed" in each column."""
+    ways = ["with numba", "without"] if numba_is_there() else ["without"]
+    head = ["pass, as a multiple of copyto", *(f"{way}, 2^{power}" for way in ways for power in bits), "words a page"]
     slots: dict[tuple[object, ...], Slot] = {}
+    rows = []
     for name, hardware, kernel, ready in PASSES:
-        line, memory = f"{name:27}", 0.0
-        for way in ways:
-            line += " " * 10
-            with patch("kvmbook.model.compiled.numba_is_there", lambda way=way: way == "compiled"):
-                for power in bits:
-                    for mixed in (False, True):
-                        key = hardware, kernel, power, mixed
-                        if key not in slots:
-                            slots[key] = Slot.of(hardware, kernel, 1 << power)
-                            if mixed:
-                                slots[key].mix()
-                        line += f"{ratio(ready, slots[key]):7.1f}"
-                        memory = max(memory, words_a_page(ready, slots[key])) if power == bits[-1] else 0
-        print(f"{line}   {memory:.1f} words", flush=True)
+        row, memory = [name], 0.0
+        for way, power in product(ways, bits):
+            report.progress(f"{name}, {way}, 2^{power} pages")
+            both = []
+            for mixed in (False, True):
+                key = hardware, kernel, power, mixed
+                if key not in slots:
+                    slots[key] = Slot.of(hardware, kernel, 1 << power)
+                    if mixed:
+                        slots[key].mix()
+                with patch("kvmbook.model.compiled.numba_is_there", lambda way=way: way == "with numba"):
+                    both.append(f"{ratio(ready, slots[key]):.1f}")
+                    memory = max(memory, words_a_page(ready, slots[key])) if power == bits[-1] else 0
+            row.append(" / ".join(both))
+        rows.append([*row, f"{memory:.1f}"])
+    return report.table(head, rows)
 
 
 if __name__ == "__main__":
-    main([int(power) for power in sys.argv[1:]] or [16, 20, 24])
+    print(measure([int(power) for power in sys.argv[1:]] or [16, 20, 24]))

@@ -5,23 +5,17 @@ write-protected ones in random order. "noise": more kinds in a block than are lo
 it is installed, and by kind, as where it is not.
 """
 
-import statistics
-import time
 from collections.abc import Callable
 from unittest.mock import patch
 
 import numpy as np
 
+from benchmarks import report
+from benchmarks.report import timed
 from kvmbook import SpteFormat
 from kvmbook.model import SPTE_TDP_AD_DISABLED_MASK, SPTE_TDP_AD_ENABLED_MASK, each, numba_is_there
 
 WORDS, ROUNDS = 1 << 20, 41
-
-
-def timed(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def arrays(fmt: SpteFormat) -> dict[str, np.ndarray]:
@@ -39,26 +33,29 @@ def ratio(helper: Callable[..., object], words: np.ndarray) -> float:
     copy = np.empty_like(words)
     each(helper, words)  # compiles
     pairs = [(timed(lambda: each(helper, words)), timed(lambda: np.copyto(copy, words))) for _ in range(ROUNDS)]
-    return statistics.median(a for a, _ in pairs) / statistics.median(b for _, b in pairs)
+    return report.ratio(pairs)
 
 
-def main() -> None:
-    ways = ["compiled", "by kind"] if numba_is_there() else ["by kind"]
-    print(
-        f"{'helper / copyto':34}" + "".join(f"{way + ': one kind':>20}{'three kinds':>13}{'noise':>8}" for way in ways)
-    )
+def measure() -> str:
+    """A table of ratios, in Markdown."""
+    ways = ["with numba", "without"] if numba_is_there() else ["without"]
+    head = [
+        "helper, as a multiple of copyto",
+        *(f"{way}: {kinds}" for way in ways for kinds in ("one kind", "three", "noise")),
+    ]
+    rows = []
     for fmt in (SpteFormat.ept(ad_bits=False), SpteFormat.ept()):
         clear = fmt.spte_clear_dirty if fmt.kvm_ad_enabled else fmt.spte_wrprot_for_clear_dirty
-        print(fmt.name)
         aged = fmt.mark_spte_for_access_track, fmt.restore_acc_track_spte, fmt.mmu_spte_age
         for helper in (*aged, fmt.spte_write_protect, clear):
-            line = f"  {helper.__name__:32}"
+            report.progress(f"{helper.__name__}, {fmt.name}")
+            row = [f"`{helper.__name__}`, {fmt.name}"]
             for way in ways:
-                with patch("kvmbook.model.compiled.numba_is_there", lambda way=way: way == "compiled"):
-                    one, three, noise = (ratio(helper, words) for words in arrays(fmt).values())
-                line += f"{one:20.1f}{three:13.1f}{noise:8.1f}"
-            print(line)
+                with patch("kvmbook.model.compiled.numba_is_there", lambda way=way: way == "with numba"):
+                    row += [f"{ratio(helper, words):.1f}" for words in arrays(fmt).values()]
+            rows.append(row)
+    return report.table(head, rows)
 
 
 if __name__ == "__main__":
-    main()
+    print(measure())

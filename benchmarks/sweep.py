@@ -7,10 +7,11 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing import get_context
 from typing import Any, NamedTuple
 
+from benchmarks import report
 from kvmbook import FlushPolicy, Hardware, Kernel, Vm
 from kvmbook.search import Run, sweep
 
@@ -70,10 +71,11 @@ def nothing(setting: Any, seed: int) -> None:
     pass
 
 
-def measure(run: Run, settings: Sequence[Any], seeds: range, workers: dict[str, Executor | None]) -> list[list[float]]:
+def in_turns(run: Run, settings: Sequence[Any], seeds: range, workers: dict[str, Executor | None]) -> list[list[float]]:
     """Seconds of a whole sweep, for each of ``workers``, in turns, so that what else the machine does hits all alike."""
     seconds: list[list[float]] = [[] for _ in workers]
     for turn in range(-1, TURNS):
+        report.progress(f"sweep, turn {turn + 1} of {TURNS}")
         for taken, executor in zip(seconds, workers.values(), strict=True):
             begin = time.perf_counter()
             sweep(run, settings, seeds if turn >= 0 else seeds[:WORKERS], executor)
@@ -91,24 +93,21 @@ def round_trip(executor: Executor) -> float:
     return 1000 * statistics.median(taken)
 
 
-def main(run: Run = missed_pages, settings: Sequence[Any] = SETTINGS, seeds: range = range(200)) -> None:
+def measure(run: Run = missed_pages, settings: Sequence[Any] = SETTINGS, seeds: range = range(200)) -> str:
+    """A table of rates, in Markdown."""
     with ExitStack() as stack:
         workers: dict[str, Executor | None] = {"this process": None}
         workers[f"{WORKERS} processes"] = stack.enter_context(processes())
-        try:
+        with suppress(ImportError):
             workers[f"dask, {WORKERS} workers"] = stack.enter_context(dask())
-        except ImportError:
-            print("dask: not measured, distributed is missing")
-        seconds = measure(run, settings, seeds, workers)
-        runs = len(settings) * len(seeds)
-        print(
-            f"{f'{runs} runs of {run.__name__}':36}{'runs/s':>10}{'x serial':>10}{'ms a task':>11}   medians of {TURNS}"
-        )
+        seconds = in_turns(run, settings, seeds, workers)
+        runs, rows = len(settings) * len(seeds), []
         for (name, executor), taken in zip(workers.items(), seconds, strict=True):
-            ratio = statistics.median(serial / own for serial, own in zip(seconds[0], taken, strict=True))
-            empty = f"{round_trip(executor):11.2f}" if executor else ""
-            print(f"  {name:34}{runs / statistics.median(taken):10.0f}{ratio:10.2f}{empty}")
+            faster = report.ratio(zip(seconds[0], taken, strict=True))
+            empty = f"{round_trip(executor):.2f} ms" if executor else ""
+            rows.append([name, f"{runs / statistics.median(taken):.0f}", f"{faster:.2f}", empty])
+        return report.table([f"{runs} short runs on", "runs a second", "x one process", "an empty task"], rows)
 
 
 if __name__ == "__main__":
-    main()
+    print(measure())

@@ -65,8 +65,8 @@ def main() -> None:
     else:
         same = all(kept()[life].startswith(row[-1]) for life, row in zip(LIVES, rows, strict=True))
         print("the same as those that are kept" if same else "NOT the same as those that are kept")
-        raise SystemExit(not same)
     part.unlink()
+    raise SystemExit(not (given.store or same))
 
 
 if __name__ == "__main__":

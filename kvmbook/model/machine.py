@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass
+from operator import attrgetter
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import numpy as np
@@ -461,8 +462,7 @@ class Machine:
         return id(self.kernel), freeze([getattr(self, name) for name in names])
 
 
-PLAIN = frozenset([int, bool, str, type(None)])
-NEVER_CHANGE = Event, TlbEntry
+NEVER_CHANGE = int, bool, str, type(None), Event, TlbEntry
 
 
 @functools.cache
@@ -473,34 +473,39 @@ def fields_that_change(kind: type) -> tuple[str, ...]:
     return tuple(each.name for each in fields(kind) if each.compare or kind is MemorySlot) if changes else ()
 
 
-@functools.cache
-def never_changes(kind: type) -> bool:
-    """Whether objects of this kind can be shared by copies."""
-    return kind in PLAIN or issubclass(kind, NEVER_CHANGE) or (is_dataclass(kind) and not fields_that_change(kind))
+class _Shared(dict[type, bool]):
+    """Whether copies can share objects of a type: looked up, and worked out when it is first asked."""
+
+    def __missing__(self, kind: type) -> bool:
+        self[kind] = issubclass(kind, NEVER_CHANGE) or (is_dataclass(kind) and not fields_that_change(kind))
+        return self[kind]
+
+
+SHARED = _Shared()
 
 
 def copied(value: Any, memo: dict[int, Any]) -> Any:
     """What ``copy.deepcopy`` makes, but fast: keys and what is frozen are shared. ``memo``: what is copied already."""
     kind: Any = type(value)
-    if never_changes(kind):
+    if SHARED[kind]:
         return value
     if (known := memo.get(id(value))) is not None:
         return known
     new: Any
     if kind is list:
         memo[id(value)] = new = []
-        new += [item if type(item) in PLAIN else copied(item, memo) for item in value]
+        new += [item if SHARED[type(item)] else copied(item, memo) for item in value]
     elif kind is dict:
         memo[id(value)] = new = {}
         for key, item in value.items():
-            new[key] = item if type(item) in PLAIN else copied(item, memo)
+            new[key] = item if SHARED[type(item)] else copied(item, memo)
     elif kind is np.ndarray or kind is set:
         memo[id(value)] = new = value.copy()
     elif fields_that_change(kind):
         memo[id(value)] = new = object.__new__(kind)
         new.__dict__.update(value.__dict__)
         for name, item in value.__dict__.items():
-            if type(item) not in PLAIN:
+            if not SHARED[type(item)]:
                 new.__dict__[name] = copied(item, memo)
     else:
         new = copy.deepcopy(value, memo)
@@ -509,22 +514,46 @@ def copied(value: Any, memo: dict[int, Any]) -> Any:
 
 def freeze(value: Any) -> Any:
     """A hashable stand-in for nested dataclasses, containers and arrays; equal values give equal stand-ins."""
-    kind: Any = type(value)
-    if kind in PLAIN:
-        return value
-    if kind is np.ndarray:
-        full = np.flatnonzero(value)
-        return value.shape, full.tobytes(), value.flat[full].tobytes()
-    if kind is dict:
-        return frozenset([(key, freeze(item)) for key, item in value.items()])
-    if isinstance(value, list | tuple):
-        return tuple([freeze(item) for item in value])
-    if kind is set:
-        return frozenset(value)
-    if kind is MemorySlot:
-        return value, freeze(value.dirty_bitmap)
-    if kind is PageTable:
-        return value.pfn, value.root, value.level, value.base_gfn, freeze(value.sptes)
-    if names := fields_that_change(kind):
-        return kind.__name__, tuple([freeze(getattr(value, name)) for name in names])
+    return _FREEZE[type(value)](value)
+
+
+def _freeze_each(values: Iterable[Any]) -> tuple[Any, ...]:
+    return tuple([_FREEZE[type(value)](value) for value in values])
+
+
+def _freeze_dict(value: dict[Any, Any]) -> Any:
+    return frozenset([(key, _FREEZE[type(item)](item)) for key, item in value.items()])
+
+
+def _freeze_array(value: np.ndarray) -> Any:
+    full = value.ravel().nonzero()[0]
+    return value.shape, full.tobytes(), value.flat[full].tobytes()
+
+
+def _freeze_slot(value: MemorySlot) -> Any:
+    return value, freeze(value.dirty_bitmap)
+
+
+def _freeze_table(value: PageTable) -> Any:
+    return value.pfn, value.root, value.level, value.base_gfn, _freeze_array(value.sptes)
+
+
+def _itself(value: Any) -> Any:
     return value
+
+
+class _Freezers(dict[type, Callable[[Any], Any]]):
+    """How objects of a type are frozen: looked up, and worked out when it is first asked."""
+
+    def __missing__(self, kind: type) -> Callable[[Any], Any]:
+        if names := fields_that_change(kind):
+            values = attrgetter(*names, names[0])  # two at least, so that it is a tuple
+            self[kind] = lambda value: (kind.__name__, _freeze_each(values(value)))
+        else:
+            self[kind] = _freeze_each if issubclass(kind, list | tuple) else _itself
+        return self[kind]
+
+
+_FREEZE = _Freezers(
+    {dict: _freeze_dict, set: frozenset, np.ndarray: _freeze_array, MemorySlot: _freeze_slot, PageTable: _freeze_table}
+)
