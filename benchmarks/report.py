@@ -43,13 +43,13 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def in_readme(part: str) -> re.Pattern[str]:
-    """What README has between the two marks of a part."""
-    return re.compile(rf"(?<=<!-- make benchmark {part} -->\n).*?(?=<!-- end -->)", re.DOTALL)
+    """What README has between the two marks of a part, marks and all."""
+    return re.compile(rf"<!-- make benchmark {part} -->\n(.*?)<!-- end -->", re.DOTALL)
 
 
 def store(part: str, text: str) -> None:
     """Put what a part has measured in its place in README. ValueError if there is none."""
     readme = README.read_text()
-    if not in_readme(part).search(readme):
+    if (place := in_readme(part).search(readme)) is None:
         raise ValueError(f"README.md has no place for {part}")
-    README.write_text(in_readme(part).sub(lambda _: f"\n{text}\n\n", readme))
+    README.write_text(f"{readme[: place.start(1)]}\n{text}\n\n{readme[place.end(1) :]}")

@@ -23,17 +23,15 @@ def test_the_searches_are_told_with_the_heads_of_today():
         assert name in text
 
 
-def test_a_table_is_stored_in_its_place_and_nothing_else_changes(tmp_path, monkeypatch):
+@pytest.mark.parametrize("old", ["", "\nold\n\n"])
+def test_a_table_is_stored_in_its_place_and_nothing_else_changes(tmp_path, monkeypatch, old):
     readme = tmp_path / "README.md"
-    readme.write_text(
-        "a\n<!-- make benchmark slots -->\n<!-- end -->\nb\n<!-- make benchmark sweep -->\nold\n<!-- end -->\n"
-    )
+    text = f"a\n<!-- make benchmark slots -->\n{old}<!-- end -->\nb\n<!-- make benchmark sweep -->\n<!-- end -->\n"
+    readme.write_text(text)
     monkeypatch.setattr(report, "README", readme)
     made = report.table(["pass", "x"], [["protect", 1.5], ["age", r"\1"]])
-    report.store("sweep", made)
-    first, second = readme.read_text().split("b\n")
-    assert first == "a\n<!-- make benchmark slots -->\n<!-- end -->\n"
-    assert second == f"<!-- make benchmark sweep -->\n\n{made}\n\n<!-- end -->\n"
     assert made.splitlines() == ["| pass    | x   |", "| ------- | --- |", "| protect | 1.5 |", "| age     | \\1  |"]
+    report.store("slots", made)
+    assert readme.read_text() == text.replace(f"{old}<!-- end -->\nb", f"\n{made}\n\n<!-- end -->\nb")
     with pytest.raises(ValueError, match=r"README.md has no place for panels"):
         report.store("panels", made)

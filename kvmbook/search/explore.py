@@ -7,6 +7,7 @@ without a hash table, whose every level is a handful of gathers.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -98,17 +99,25 @@ def explore(
     Raises ValueError for sizes below 1, and, before it visits more than a few states, for sizes that would need more than
     4 GiB.
     """
-    steps = PageSteps(Cells(hardware, kernel, pages, grain, without), vcpus)
     bounds = hardware, kernel, pages, vcpus, grain, frozenset(without)
-    if not whole and (reach := search_pagewise(Pagewise(steps), FEW_STATES)) is not None:
+    asked = _asked(*bounds)
+    if not whole and (reach := search_pagewise(asked, FEW_STATES)) is not None:
         return Result(*bounds, reach.states, reach.transitions, reach.depth, reach.trace, reach.trace is None)
-    space = Space(Pairs(steps))
+    space = Space(Pairs(asked.tables))
     if space.bound > MOST_STATES:
         raise ValueError(_too_large(space, hardware, kernel, without))
     search = Search(space)
     search.run(progress, whole)
     trace = search.shortest_loss()
     return Result(*bounds, search.states, search.transitions, search.depth, trace, whole or trace is None)
+
+
+@functools.lru_cache(maxsize=4)
+def _asked(
+    hardware: Hardware, kernel: Kernel, pages: int, vcpus: int, grain: Grain, without: frozenset[str]
+) -> Pagewise:
+    """What the model has said of a small VM, for whoever asks again."""
+    return Pagewise(PageSteps(Cells(hardware, kernel, pages, grain, without), vcpus))
 
 
 def _too_large(space: Space, hardware: Hardware, kernel: Kernel, without: Collection[str]) -> str:

@@ -199,6 +199,13 @@ def test_a_search_that_stops_finds_the_same_trace_and_the_levels_up_to_it(name, 
             assert result == explore(*instance)
 
 
+def test_who_asks_again_is_answered_from_what_the_model_has_said(monkeypatch):
+    question = HARDWARE["ept_no_ad"], kernel("IF_CHANGED"), 1, 2, Grain.FAULT
+    first, whole = explore(*question, whole=False), explore(*question)
+    monkeypatch.setattr(Cells, "__init__", None)
+    assert explore(*question, whole=False) == first != whole == explore(*question)
+
+
 def test_both_ways_to_stop_count_the_same(monkeypatch):
     instance = HARDWARE["pml"], kernel("IF_MMU_WRITABLE"), 1, 2, Grain.FAULT
     told = []
