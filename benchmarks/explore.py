@@ -283,8 +283,8 @@ def cost_of(runs: Sequence[Found], cost: Cost) -> Taken:
 
 
 def times(spin: Sequence[Found], cost: Cost, ours: Taken) -> str:
-    """By CPU time."""
-    return f"{cost_of(spin, cost).cpu / ours.cpu:.2g}" if spin else "-"
+    """By CPU time, to two digits."""
+    return f"{float(f'{cost_of(spin, cost).cpu / ours.cpu:.2g}'):,g}" if spin else "-"
 
 
 def one_instance(number: int, with_spin: bool) -> list[list[str]]:
