@@ -129,6 +129,16 @@ def prepare(modules: Iterable[str]) -> None:
                 importlib.import_module(name)
 
 
+def imported_by(files: list[str]) -> list[str]:
+    """What collecting these files imports."""
+
+    def work() -> list[str]:
+        pytest.main(["--collect-only", *OPTIONS, *files])
+        return sorted(sys.modules)
+
+    return in_a_fork(work, 120) or []
+
+
 # ---- the kernel of a chapter -----------------------------------------------------------------------------------------
 
 
@@ -219,8 +229,8 @@ class Watcher:
 
 
 def killed_by(mutant: Mutant | None, files: list[str], wanted: list[str] | None, limit: float) -> str | None:
-    """The first test or cell that fails with this mutant, or "time" or "death"; None if it survives. ValueError if nothing was
-    run, for then nothing is known."""
+    """The first test or cell that fails with this mutant, or "time" or "death"; None if it survives. ValueError if nothing
+    was run, for then nothing is known."""
 
     def work() -> dict[str, Any]:
         put_in(mutant)
@@ -241,8 +251,8 @@ def killed_by(mutant: Mutant | None, files: list[str], wanted: list[str] | None,
 
 
 def unmutated(file: str, limit: float = 900) -> dict[str, Any]:
-    """What a file of tests, or a chapter, does with the model as it is: the seconds of each item that passes, the lines of the
-    model that it runs, and what it imports. A chapter is one item."""
+    """What a file of tests, or a chapter, does with the model as it is: the seconds of each item that passes, the lines of
+    the model that it runs, and what it imports. Of a chapter each cell is an item."""
 
     def work() -> dict[str, Any]:
         put_in(None)

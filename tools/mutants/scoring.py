@@ -97,8 +97,8 @@ class Reach:
 
 @dataclass
 class Verdict:
-    """Who kills a mutant: ``tests`` a test, ``notebooks`` a cell, "" for nobody. ``asked``: whether each chapter that was asked
-    whatever others said kills it."""
+    """Who kills a mutant: ``tests`` a test, ``notebooks`` a cell, "" for nobody. ``asked``: of each chapter that was asked
+    whatever others said, whether it kills it."""
 
     tests: str
     notebooks: str
