@@ -229,8 +229,8 @@ class Watcher:
 
 
 def killed_by(mutant: Mutant | None, files: list[str], wanted: list[str] | None, limit: float) -> str | None:
-    """The first test or cell that fails with this mutant, or "time" or "death"; None if it survives. ValueError if nothing
-    was run, for then nothing is known."""
+    """The first test or cell that fails with this mutant, or "time", "death" or the like; None if it survives.
+    ValueError if nothing was run, for then nothing is known."""
 
     def work() -> dict[str, Any]:
         put_in(mutant)
@@ -245,6 +245,8 @@ def killed_by(mutant: Mutant | None, files: list[str], wanted: list[str] | None,
         return "time" if time.monotonic() - begun >= limit else "death"
     if said["failed"]:
         return str(said["failed"][0])
+    if mutant and not said["passed"]:
+        return "no test is left"  # their parameters come from the model
     if said["code"] or not said["passed"]:
         raise ValueError(f"pytest ended with {said['code']} and ran {said['passed']} tests: {files}")
     return None
