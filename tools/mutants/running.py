@@ -246,7 +246,7 @@ def killed_by(mutant: Mutant | None, files: list[str], wanted: list[str] | None,
     if said["failed"]:
         return str(said["failed"][0])
     if mutant and not said["passed"]:
-        return "no test is left"  # their parameters come from the model
+        return "no test is left"  # conftest.py breaks, or parameters that come from the model are gone
     if said["code"] or not said["passed"]:
         raise ValueError(f"pytest ended with {said['code']} and ran {said['passed']} tests: {files}")
     return None
