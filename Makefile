@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 MEASURED := search helpers slots sweep panels
 
-.PHONY: lab edit check test book slides pdf run benchmark $(MEASURED) soak real-bug clean install-lab install-book install-test
+.PHONY: lab edit check test mutants book slides pdf run benchmark $(MEASURED) soak real-bug clean install-lab install-book install-test
 
 # A reader's own copy of the book, in reading/; `make edit` opens the sources.
 lab: install-lab
@@ -19,6 +19,10 @@ check: install-test
 # Three at once on two cores: a browser, a kernel and a build wait for each other often.
 test: install-test
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+
+# Small mistakes put into the model, one at a time: which do the tests notice, which the chapters? OPTIONS=--help says more.
+mutants: install-test
+	$(BIN)/python -m tools.mutants $(OPTIONS)
 
 # The pages, for a web server or a disk: build/book/_build/html. Unchanged chapters are not run again.
 book: install-book
