@@ -19,7 +19,7 @@ from kvmbook.search.cells import Cells
 from kvmbook.search.levels import Levels, PageTables, VmTables, pays
 from kvmbook.search.pagewise import Pagewise, search_pagewise
 from kvmbook.search.playing import script_of
-from kvmbook.search.schedule import Action, Grain, replay, smallest_vm
+from kvmbook.search.schedule import Action, Grain, replay, smallest_vm, steps_left_out
 from kvmbook.search.selftest import c_program
 from kvmbook.search.space import MOST_STATES, Space, space_of
 from kvmbook.search.tables import EXIT, PageSteps, Pairs
@@ -99,7 +99,7 @@ def explore(
     Raises ValueError for sizes below 1, and, before it visits more than a few states, for sizes that would need more than
     4 GiB.
     """
-    bounds = hardware, kernel, pages, vcpus, grain, frozenset(without)
+    bounds = hardware, kernel, pages, vcpus, grain, steps_left_out(without)
     asked = _asked(*bounds)
     if not whole and (reach := search_pagewise(asked, FEW_STATES)) is not None:
         return Result(*bounds, reach.states, reach.transitions, reach.depth, reach.trace, reach.trace is None)

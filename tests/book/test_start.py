@@ -272,7 +272,7 @@ def test_a_command_needs_no_more_than_it_installs(command):
 
 def test_the_readme_names_every_command_and_no_other():
     makefile, readme = (ROOT / "Makefile").read_text(), (ROOT / "README.md").read_text()
-    commands = {*COMMANDS, "check", "test", "benchmark", "real-bug"}
+    commands = {*COMMANDS, "check", "test", "benchmark", "mutants", "soak", "real-bug"}
     assert set(re.findall(r"(?:^|`)make ([a-z-]+)", readme, re.M)) == commands
     assert all(re.search(rf"^{name}: install-", makefile, re.M) for name in commands)
 
