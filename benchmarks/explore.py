@@ -312,7 +312,7 @@ def one_instance(number: int, with_spin: bool) -> list[list[str]]:
     return list(rows(f"{first.states:,} ({name})", found))
 
 
-def timed(call: Callable[[], object], rounds: int = 5) -> tuple[float, object]:
+def median_of(call: Callable[[], object], rounds: int = 5) -> tuple[float, object]:
     """The median time of a call, and its result."""
     seconds = []
     for _ in range(rounds):
@@ -344,11 +344,11 @@ def beyond() -> Iterator[list[str]]:
     for pages, vcpus, grain in ((3, 2, Grain.FAULT), (4, 2, Grain.FAULT), (4, 1, Grain.STEP)):
         report.progress(f"{pages} pages, {vcpus} vCPUs")
         space = space_of(EPT, Kernel.v5_19, pages, vcpus, grain)
-        seconds, count = timed(lambda space=space: count_states(space))  # type: ignore[misc]
+        seconds, count = median_of(lambda space=space: count_states(space))  # type: ignore[misc]
         name = f"{count.states:,} states: {pages} pages, {vcpus} vCPU{'s' * (vcpus > 1)}, cut by {grain.value}"  # type: ignore[attr-defined]
         yield [f"{name}: count and verdict", f"{seconds:.2f} s"]
     report.progress("2^18 pages")
-    seconds, _ = timed(lambda: count_any_size(EPT, Kernel.v5_19, 1 << 18))
+    seconds, _ = median_of(lambda: count_any_size(EPT, Kernel.v5_19, 1 << 18))
     yield ["the exact number of states of a slot of 2^18 pages, with the tables", f"{seconds:.2f} s"]
     report.progress("all verdicts")
     runs = [all_verdicts() for _ in range(5)]
@@ -367,7 +367,7 @@ def seed() -> Measured:
 
 def warm() -> float:
     """Seconds of `explore` on the seed's bug, where it was asked before."""
-    return timed(lambda: explore(EPT, Kernel.v5_19, whole=False), rounds=21)[0]
+    return median_of(lambda: explore(EPT, Kernel.v5_19, whole=False), rounds=21)[0]
 
 
 def measure(numbers: Sequence[int] = ()) -> str:

@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,12 +62,12 @@ def asked() -> list[str]:
 class Reach:
     """Which tests and which chapters run the lines of a mutant, and how long each takes."""
 
-    def __init__(self, files: Iterable[str] | None = None) -> None:
+    def __init__(self) -> None:
         self.tests: Times = {}
         self.chapters: Times = {}
         self.at: dict[tuple[str, int], set[str]] = {}
         self.imports: set[str] = set()
-        for file in asked() if files is None else files:
+        for file in asked():
             self._add(file, measured(file))
 
     def _add(self, file: str, found: dict[str, Any]) -> None:
